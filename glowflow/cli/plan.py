@@ -1,0 +1,185 @@
+"""``glowflow plan``: what a config would do, before anything is started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from glowflow.cli.output import echo_json, human_bytes, human_count
+from glowflow.config.schema import GlowFlowConfig
+
+__all__ = ["plan", "plan_document"]
+
+_GUESSED_VOCABULARY = 50304
+
+
+@click.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1)
+@click.option(
+    "--vram", type=click.FloatRange(min=0.1), metavar="GIB", help="Say what fits into a GPU with this much memory."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def plan(config: str, overrides: tuple[str, ...], vram: float | None, as_json: bool) -> None:
+    """Show the resolved CONFIG: parameters, tokens, steps, memory per worker, kernels and why. Starts nothing."""
+    from glowflow.config.loader import load_config
+
+    document = plan_document(load_config(config, overrides), vram)
+    echo_json(document) if as_json else _print(document)
+
+
+def plan_document(config: GlowFlowConfig, vram: float | None = None) -> dict[str, Any]:
+    """Everything that ``plan`` shows, as one JSON-able mapping."""
+    import torch
+
+    from glowflow.config.loader import to_dict, warnings
+    from glowflow.core.model import GlowFlowModel
+    from glowflow.orchestration.preflight import resolve_accelerator
+    from glowflow.training.precision import precision_warnings
+
+    found, vocabulary, data_note = _data(config)
+    if config.model.vocab_size is None:
+        config = GlowFlowModel(config, {"vocab_size": vocabulary}).config
+    accelerator = resolve_accelerator(config)
+    device = "cuda" if accelerator == "gpu" or vram is not None else "cpu"
+    model = GlowFlowModel(config)
+    tokens_per_step = config.training.batch_size * config.data.context
+    document: dict[str, Any] = {
+        "config": to_dict(config),
+        "parameters": model.num_parameters(),
+        "parameters_without_embedding": model.num_parameters(embedding=False),
+        "vocab_size": config.model.vocab_size,
+        "data": data_note,
+        "tokens_per_step": tokens_per_step,
+        "steps": config.training.max_steps,
+        "tokens": tokens_per_step * config.training.max_steps,
+        "epochs": None,
+        "flops": tokens_per_step * config.training.max_steps * model.flops_per_token(),
+        "workers": config.resources.workers,
+        "micro_batch_size": config.micro_batch_size,
+        "grad_accum_steps": config.grad_accum_steps,
+        "accelerator": accelerator,
+        "memory_per_worker": _memory(config, device),
+        "attention": _attention(config, device),
+        "warnings": [*warnings(config), *precision_warnings(config.training.precision, torch.device("cpu"))]
+        if device == "cpu"
+        else warnings(config),
+    }
+    if found is not None:
+        document["epochs"] = config.training.max_steps * config.training.batch_size / found
+    if vram is not None:
+        document["vram"] = _fits(config, vram)
+    return document
+
+
+def _data(config: GlowFlowConfig) -> tuple[int | None, int, str]:
+    """(sequences per epoch if the data is built, size of the vocabulary, a sentence)."""
+    from glowflow.data.plan import plan as make_plan
+    from glowflow.data.prepare import find_built
+    from glowflow.data.processors.text import vocabulary_size
+
+    built = find_built(config.data)
+    if built is None:
+        known = vocabulary_size(config.data)
+        sentence = "not built yet (train builds it)"
+        if known is None and config.model.vocab_size is None:
+            sentence += f"; the tokenizer is not known, {_GUESSED_VOCABULARY:,} tokens are assumed"
+        return None, config.model.vocab_size or known or _GUESSED_VOCABULARY, sentence
+    made = make_plan(
+        built,
+        seed=config.training.seed,
+        context=config.data.context,
+        global_batch=config.training.batch_size,
+        layout=config.data.layout,
+        split=config.data.train_split,
+        window_tokens=config.data.window_tokens,
+    )
+    split = built[0][0].split(config.data.train_split)
+    sentence = (
+        f"{built[0][0].name}: {split.documents:,} documents, {split.tokens:,} tokens, {human_bytes(split.text_bytes)}"
+    )
+    return made.sequences_per_epoch, built[0][0].tokenizer().vocab_size, sentence
+
+
+def _memory(config: GlowFlowConfig, device: str) -> dict[str, float]:
+    from glowflow.training.memory import estimate_memory
+
+    estimate = estimate_memory(config, device_type=device)
+    return {**estimate.parts(), "total": estimate.total}
+
+
+def _attention(config: GlowFlowConfig, device: str) -> list[dict[str, Any]]:
+    """One row per backend: chosen or not, and why not. Architectures without attention have none."""
+    from dataclasses import asdict
+
+    from glowflow.config.architectures import TransformerConfig
+    from glowflow.core.architectures.transformer import attention_spec
+    from glowflow.core.attention.dispatch import explain
+    from glowflow.training.precision import compute_dtype
+
+    if not isinstance(config.model, TransformerConfig):
+        return []
+    spec, dtype = attention_spec(config.model), compute_dtype(config.training.precision)
+    return [asdict(row) for row in explain(spec, device, dtype, config.model.attention.backend)]
+
+
+def _fits(config: GlowFlowConfig, vram: float) -> dict[str, Any]:
+    from glowflow.training.memory import estimate_memory, largest_micro_batch
+
+    estimate = estimate_memory(config, device_type="cuda")
+    return {
+        "gib": vram,
+        "fits": estimate.fits(vram),
+        "largest_micro_batch_size": largest_micro_batch(config, vram, device_type="cuda"),
+    }
+
+
+def _print(document: dict[str, Any]) -> None:
+    from glowflow.config.loader import load_config, to_yaml
+    from glowflow.tracking.tables import table
+
+    click.echo(to_yaml(load_config(document["config"])).rstrip())
+    epochs = "" if document["epochs"] is None else f" ({document['epochs']:.2f} epochs)"
+    looked_up = document["parameters"] - document["parameters_without_embedding"]
+    rows = [
+        [
+            "parameters",
+            f"{document['parameters']:,}" + (f" ({looked_up:,} of them looked up only)" if looked_up else ""),
+        ],
+        ["data", document["data"]],
+        [
+            "steps",
+            f"{document['steps']:,} of {document['tokens_per_step']:,} tokens: {human_count(document['tokens'])} tokens{epochs}",
+        ],
+        ["compute", f"{document['flops']:.3g} FLOPs"],
+        [
+            "workers",
+            f"{document['workers']} on {document['accelerator']}, micro-batch {document['micro_batch_size']}, {document['grad_accum_steps']} per step",
+        ],
+    ]
+    click.echo("\n" + table(["", ""], rows).split("\n", 2)[2])
+    memory = document["memory_per_worker"]
+    click.echo("\nmemory per worker (estimate)")
+    click.echo("\n".join(f"  {name:<12} {human_bytes(value):>12}" for name, value in memory.items()))
+    if document["attention"]:
+        click.echo("\nattention kernels")
+    for row in document["attention"]:
+        mark = "chosen" if row["chosen"] else "cannot" if row["reasons"] else "could"
+        click.echo(f"  {row['name']:<10} {mark:<7} {'; '.join(row['reasons']) or row['advice']}")
+    if "vram" in document:
+        _print_fit(document["vram"], document["micro_batch_size"])
+    for text in document["warnings"]:
+        click.echo(f"\nwarning: {text}")
+
+
+def _print_fit(fit: dict[str, Any], size: int) -> None:
+    verdict = "fits" if fit["fits"] else "does not fit"
+    click.echo(f"\nmicro-batch {size} {verdict} into {fit['gib']:g} GiB per GPU")
+    largest = fit["largest_micro_batch_size"]
+    if largest is None:
+        click.echo(
+            "not even one sequence fits: more workers with fsdp, activation_checkpointing, or a smaller data.context"
+        )
+    else:
+        click.echo(f"largest that fits: training.micro_batch_size={largest}")

@@ -1,0 +1,31 @@
+"""Schemas of the registered optimisers: the keys under ``training.optimizer:``. No torch here."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from glowflow.config.base import StrictModel
+
+__all__ = ["AdamWConfig", "OptimizerConfig"]
+
+
+class OptimizerConfig(StrictModel):
+    """Keys that every optimiser has."""
+
+    name: str = Field(description="Registered name of the optimiser.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay on matrices; vectors (norms) get none.")
+
+
+class AdamWConfig(OptimizerConfig):
+    """AdamW (arXiv:1711.05101), torch's fused kernel."""
+
+    name: str = Field("adamw", description="Registered name of the optimiser.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Decay rates of the first and second moment.")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+
+    @field_validator("betas")
+    @classmethod
+    def _decay_rates(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("each must be at least 0 and less than 1")
+        return betas

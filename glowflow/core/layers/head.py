@@ -1,0 +1,143 @@
+"""The output head: scores of the next token and their loss, without ever holding all scores at once.
+
+The loss of a large batch goes through the vocabulary chunk by chunk of positions. Each chunk's gradient is computed
+while its scores are at hand, so that nothing of size (B*T, V) is kept and nothing is computed twice.
+
+Legend: N positions (B*T), C positions of one chunk, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["OutputHead", "chunked_loss", "plain_loss"]
+
+CHUNK_ELEMENTS = 2**22
+"""Scores held at once: 16 MiB in fp32."""
+
+
+class OutputHead(nn.Module):
+    """Projection from width to vocabulary.
+
+    Args:
+        dim: width D.
+        vocab_size: vocabulary V.
+        tied_to: the token embedding whose (V, D) matrix is used; None: a matrix of its own.
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(self, dim: int, vocab_size: int, tied_to: nn.Embedding | None = None) -> None:
+        super().__init__()
+        # In a tuple the embedding is no submodule: its matrix is listed, sharded and saved once, and to_empty or
+        # fully_shard may replace it without breaking the tie.
+        self._tied_to = () if tied_to is None else (tied_to,)
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim)) if tied_to is None else None
+
+    @property
+    def matrix(self) -> Tensor:
+        """(V, D), the tied embedding's or its own."""
+        return self._tied_to[0].weight if self._tied_to else self.weight  # type: ignore[return-value]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        return F.linear(hidden, self.matrix)
+
+    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted sum of the negative log-likelihoods in nats, and the sum of the weights.
+
+        Args:
+            hidden: (B, T, D). targets: (B, T) int64. weights: (B, T), 0 where a position does not count.
+
+        Returns:
+            Two fp32 scalars (fp64 for fp64 models).
+        """
+        hidden_nd, targets_n, weights_n = hidden.flatten(0, -2), targets.flatten(), weights.flatten()
+        matrix_vd = self.matrix
+        if hidden_nd.shape[0] * matrix_vd.shape[0] <= CHUNK_ELEMENTS:
+            loss_sum = plain_loss(hidden_nd, matrix_vd, targets_n, weights_n)
+        else:
+            loss_sum = chunked_loss(hidden_nd, matrix_vd, targets_n, weights_n)
+        return loss_sum, weights_n.sum()
+
+
+def _chunk_rows(vocab_size: int) -> int:
+    return max(1, CHUNK_ELEMENTS // vocab_size)
+
+
+def plain_loss(hidden_nd: Tensor, matrix_vd: Tensor, targets_n: Tensor, weights_n: Tensor) -> Tensor:
+    """The loss sum with all scores at once."""
+    scores_nv = F.linear(hidden_nd, matrix_vd)
+    if scores_nv.dtype in (torch.float16, torch.bfloat16):
+        scores_nv = scores_nv.float()
+    nll_n = F.cross_entropy(scores_nv, targets_n, reduction="none")
+    return (nll_n * weights_n).sum()
+
+
+def chunked_loss(hidden_nd: Tensor, matrix_vd: Tensor, targets_n: Tensor, weights_n: Tensor) -> Tensor:
+    """The loss sum, chunk by chunk; differentiable once, in ``hidden_nd`` and ``matrix_vd``."""
+    device = hidden_nd.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_nd, matrix_vd = hidden_nd.to(dtype), matrix_vd.to(dtype)
+    loss_sum: Tensor = _ChunkedLoss.apply(hidden_nd, matrix_vd, targets_n, weights_n)
+    return loss_sum
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Scores and their gradient in one go: d loss / d scores = weight * (softmax - onehot(target))."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_nd: Tensor, matrix_vd: Tensor, targets_n: Tensor, weights_n: Tensor) -> Tensor:
+        grad_hidden = torch.empty_like(hidden_nd) if ctx.needs_input_grad[0] else None
+        grad_matrix = torch.zeros_like(matrix_vd, dtype=_accumulator(matrix_vd)) if ctx.needs_input_grad[1] else None
+        with torch.autocast(hidden_nd.device.type, enabled=False):
+            loss_sum = _loss_and_gradients(hidden_nd, matrix_vd, targets_n, weights_n, grad_hidden, grad_matrix)
+        ctx.save_for_backward(grad_hidden, grad_matrix)
+        ctx.dtypes = hidden_nd.dtype, matrix_vd.dtype
+        return loss_sum
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        # In fp32: a loss scale can be larger than fp16 holds.
+        grad_hidden, grad_matrix = (
+            None if part is None else (part.to(_accumulator(part)) * grad).to(dtype)
+            for part, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return grad_hidden, grad_matrix, None, None
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _loss_and_gradients(
+    hidden_nd: Tensor,
+    matrix_vd: Tensor,
+    targets_n: Tensor,
+    weights_n: Tensor,
+    grad_hidden: Tensor | None,
+    grad_matrix: Tensor | None,
+) -> Tensor:
+    """The loss sum; fills the two gradients that are not None."""
+    rows, precision = _chunk_rows(matrix_vd.shape[0]), _accumulator(hidden_nd)
+    loss_sum = torch.zeros((), dtype=precision, device=hidden_nd.device)
+    for start in range(0, hidden_nd.shape[0], rows):
+        part = slice(start, start + rows)
+        hidden_cd, targets_c1, weights_c1 = hidden_nd[part], targets_n[part, None], weights_n[part, None].to(precision)
+        log_probs_cv = F.linear(hidden_cd, matrix_vd).to(precision).log_softmax(dim=-1)
+        loss_sum -= (log_probs_cv.gather(1, targets_c1) * weights_c1).sum()
+        if grad_hidden is None and grad_matrix is None:
+            continue
+        scores_grad_cv = log_probs_cv.exp_().mul_(weights_c1)
+        scores_grad_cv = scores_grad_cv.scatter_add_(1, targets_c1, -weights_c1).to(hidden_nd.dtype)
+        if grad_hidden is not None:
+            grad_hidden[part] = scores_grad_cv @ matrix_vd
+        if grad_matrix is not None:
+            grad_matrix += scores_grad_cv.T @ hidden_cd
+    return loss_sum

@@ -1,0 +1,65 @@
+"""RMSNorm (arXiv:1910.07467) with a backward pass written by hand for eager CPU code.
+
+torch has fused kernels for CUDA only; composed from single operations the norm costs ten passes over the activations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["RMSNorm", "rms_norm"]
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of (..., D) with weight (D,); half precision is computed in fp32 inside torch's kernel."""
+    full_precision = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not full_precision:
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    normed: Tensor = _RMSNorm.apply(x, weight, eps)
+    return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With r = 1/rms(x): dx = r (g w) - x r^3/D sum(g w x), dw = sum over positions of g x r."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        normed: Tensor = (x * r).mul_(weight)
+        return normed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, r = ctx.saved_tensors
+        width = x.shape[-1]
+        # Matrix-vector products instead of two more passes; outside autocast, which would round them.
+        with torch.autocast("cpu", enabled=False):
+            products = (grad * x).view(-1, width)
+            grad_weight = r.view(1, -1) @ products
+            inner = (products @ weight).view_as(r)
+        coefficient = inner.mul_(r).mul_(r).mul_(r).div_(-width)
+        grad_x = (grad * r).mul_(weight).addcmul_(x, coefficient)
+        return grad_x, grad_weight.view(-1), None

@@ -1,0 +1,114 @@
+"""Rotary position embedding (RoPE, arXiv:2104.09864): each pair of neighbouring channels turns by position x frequency.
+
+A pair (x[2i], x[2i+1]) is one complex number, so the turn is one complex product: a single pass over memory on the
+CPU. Under ``torch.compile`` and in half precision the same product is written with real numbers.
+
+Legend: B batch, T positions, N heads (queries then keys), D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Rotary", "RotaryTables", "rotate", "split_rotate"]
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """Angles of a run of positions. Not a tensor, so that mixed-precision wrappers leave its precision alone."""
+
+    cos: Tensor  # (T, D/2)
+    sin: Tensor  # (T, D/2)
+    turn: Tensor  # (T, 1, D/2) complex, cos + i sin
+
+    def slice(self, start: int, stop: int) -> RotaryTables:
+        return RotaryTables(self.cos[start:stop], self.sin[start:stop], self.turn[start:stop])
+
+
+class Rotary:
+    """Makes and keeps the tables, per device and precision; no parameters and no buffers, so nothing to restore."""
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        self.head_dim = head_dim
+        self.theta = theta
+        self._tables: dict[tuple[torch.device, torch.dtype], RotaryTables] = {}
+
+    def tables(self, length: int, device: torch.device, dtype: torch.dtype) -> RotaryTables:
+        """Tables of positions 0 .. length-1, in fp32, or fp64 for a model in fp64."""
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        kept = self._tables.get((device, real))
+        if kept is None or kept.cos.shape[0] < length:
+            kept = self._tables[device, real] = self._compute(max(length, 64), device, real)
+        return kept if kept.cos.shape[0] == length else kept.slice(0, length)
+
+    def _compute(self, length: int, device: torch.device, real: torch.dtype) -> RotaryTables:
+        # In fp64 on the host: angles of late positions keep their precision, and every device has the same table.
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+        angles = torch.outer(torch.arange(length, dtype=torch.float64), self.theta**-exponents)
+        cos, sin = angles.cos().to(device, real), angles.sin().to(device, real)
+        return RotaryTables(cos, sin, torch.complex(cos, sin).unsqueeze(1))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rotary:
+        return Rotary(self.head_dim, self.theta)
+
+
+def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
+    """Turn (B, T, N, D) by its positions; computed in the precision of the tables, returned in that of ``x``."""
+    pairs = _in_pairs(x.to(tables.cos.dtype))
+    even, odd = pairs.unbind(-1)
+    cos, sin = tables.cos.unsqueeze(1), tables.sin.unsqueeze(1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def split_rotate(qkv: Tensor, heads: int, kv_heads: int, tables: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut (B, T, N*D) into queries, keys and values and turn the first two.
+
+    Returns:
+        q (B, H, T, D), k (B, K, T, D), v (B, K, T, D).
+    """
+    if torch.compiler.is_compiling() or qkv.dtype != tables.cos.dtype:
+        q, k, v = _by_head(qkv, heads + 2 * kv_heads).split((heads, kv_heads, kv_heads), dim=2)
+        q, k = rotate(q, tables), rotate(k, tables)
+    else:
+        q, k, v = _SplitRotate.apply(qkv, heads, kv_heads, tables.turn)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _by_head(x: Tensor, num_heads: int) -> Tensor:
+    return x.view(*x.shape[:-1], num_heads, -1)
+
+
+def _in_pairs(x: Tensor) -> Tensor:
+    return x.view(*x.shape[:-1], -1, 2)
+
+
+def _as_complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(_in_pairs(x))
+
+
+class _SplitRotate(torch.autograd.Function):
+    """One pass over queries and keys forward; backward writes all three gradients into one buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int, kv_heads: int, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads_btnd = _by_head(qkv, heads + 2 * kv_heads)
+        turned = torch.view_as_real(_as_complex(heads_btnd[:, :, : heads + kv_heads]) * turn).flatten(-2)
+        ctx.heads, ctx.kv_heads, ctx.turn = heads, kv_heads, turn
+        return turned[:, :, :heads], turned[:, :, heads:], heads_btnd[:, :, heads + kv_heads :]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad_q, grad_k, grad_v = grads
+        heads, kv_heads = ctx.heads, ctx.kv_heads
+        batch, length, _, width = grad_q.shape
+        grad = grad_q.new_empty(batch, length, heads + 2 * kv_heads, width)
+        turn_back = ctx.turn.conj().resolve_conj()
+        for part, start in ((grad_q, 0), (grad_k, heads)):
+            out = _as_complex(grad[:, :, start : start + part.shape[2]])
+            torch.mul(_as_complex(part.contiguous() if part.stride(-1) != 1 else part), turn_back, out=out)
+        grad[:, :, heads + kv_heads :] = grad_v
+        return grad.flatten(-2), None, None, None

@@ -1,0 +1,335 @@
+"""``GlowFlowModel``: a recipe (config, tokenizer) that becomes parameters when somebody touches them.
+
+The pipeline ships the recipe, or a checkpoint if weights were touched, never a pickled module. A single-file
+checkpoint (.pt or .safetensors) holds everything that using the model needs: config, tokenizer, step and weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glowflow.config.errors import CheckpointError, ConfigError, GlowFlowError, Problem
+from glowflow.config.registry import ARCHITECTURES, load_object
+from glowflow.config.schema import GlowFlowConfig
+from glowflow.core.architectures.base import BaseArchitecture
+from glowflow.core.initialization import initialize
+
+__all__ = ["FORMAT", "GlowFlowModel", "build_module", "read_single_file", "state_dict_problems", "write_single_file"]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "glowflow-model-1"
+
+
+def build_module(config: GlowFlowConfig, device: torch.device | str = "meta") -> BaseArchitecture:
+    """Construct the architecture that ``config.model`` names, uninitialised, on a device.
+
+    Raises:
+        ConfigError: the name is not registered, or the vocabulary size is not known.
+    """
+    arch = config.model.arch
+    if ":" in arch:
+        target = load_object(arch)
+    else:
+        entry = ARCHITECTURES.get(arch)
+        if entry is None:
+            registered = ", ".join(ARCHITECTURES.names())
+            raise ConfigError(Problem("model.arch", f"is not a registered architecture; registered: {registered}", arch))
+        target = entry.target()
+    if not (isinstance(target, type) and issubclass(target, BaseArchitecture)):
+        raise ConfigError(Problem("model.arch", "must name a subclass of glowflow's BaseArchitecture", arch))
+    with torch.device(device):
+        return target(config.model)
+
+
+class GlowFlowModel:
+    """One model: its whole config, its tokenizer's description and, once touched, its parameters.
+
+    Args:
+        config: the experiment; use :meth:`from_config` for a file or mapping.
+        tokenizer_spec: plain description of the tokenizer; it gives the vocabulary size if the config leaves it out.
+    """
+
+    def __init__(self, config: GlowFlowConfig, tokenizer_spec: Mapping[str, Any] | None = None) -> None:
+        self.config = config
+        self.step = 0
+        self._module: BaseArchitecture | None = None
+        self.tokenizer_spec: dict[str, Any] | None = None
+        if tokenizer_spec is not None:
+            self.set_tokenizer(tokenizer_spec)
+
+    @classmethod
+    def from_config(
+        cls, source: str | Path | dict[str, Any] | GlowFlowConfig | None, overrides: Sequence[str] = ()
+    ) -> GlowFlowModel:
+        """A model from a YAML file, a mapping or a config, with ``key=value`` overrides.
+
+        Raises:
+            ConfigError: everything that is wrong with the config.
+        """
+        from glowflow.config.loader import apply_overrides, load_config
+
+        if isinstance(source, GlowFlowConfig):
+            return cls(apply_overrides(source, overrides) if overrides else source)
+        return cls(load_config(source, overrides))
+
+    def set_tokenizer(self, spec: Mapping[str, Any]) -> None:
+        """Attach a tokenizer's description; its ``vocab_size`` becomes the model's where the config names none.
+
+        Raises:
+            ConfigError: the vocabulary does not fit the model's.
+        """
+        vocab_size = spec.get("vocab_size")
+        if vocab_size is not None and self.config.model.vocab_size is None:
+            section = self.config.model.model_copy(update={"vocab_size": int(vocab_size)})
+            self.config = self.config.model_copy(update={"model": section})
+        elif vocab_size is not None and int(vocab_size) > (self.config.model.vocab_size or 0):
+            raise ConfigError(
+                Problem("model.vocab_size", f"must hold the tokenizer's {vocab_size} tokens", self.config.model.vocab_size)
+            )
+        self.tokenizer_spec = dict(spec)
+
+    def __repr__(self) -> str:
+        state = "touched" if self.touched else "recipe"
+        return f"GlowFlowModel(arch={self.config.model.arch!r}, vocab_size={self.config.model.vocab_size}, {state})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.touched:
+            raise GlowFlowError("a model with parameters is not pickled: save it to a file, or ship its config")
+        return dict(vars(self))
+
+    @property
+    def touched(self) -> bool:
+        """True once parameters exist here: training must then start from them and not from the seed."""
+        return self._module is not None
+
+    @property
+    def module(self) -> BaseArchitecture:
+        """The parameters on the CPU in fp32; drawn from ``training.seed`` at the first use."""
+        if self._module is None:
+            module = build_module(self.config, "meta").to_empty(device="cpu")
+            initialize(module, self.config.training.seed)
+            self._module = module
+        return self._module
+
+    def num_parameters(self, *, embedding: bool = True) -> int:
+        """Number of parameters, counted without allocating any; ``embedding=False`` leaves out a looked-up table."""
+        module = self._module or build_module(self.config, "meta")
+        return module.num_parameters() - (0 if embedding else module.num_embedding_parameters())
+
+    def flops_per_token(self, context: int | None = None) -> float:
+        """Floating-point operations of one training token at ``data.context`` or the given context."""
+        module = self._module or build_module(self.config, "meta")
+        return module.flops_per_token(context or self.config.data.context)
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        eos_id: int | None = None,
+    ) -> list[int]:
+        """New token ids after the prompt; see :func:`glowflow.core.generation.generate`."""
+        return list(self.stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, seed, eos_id))
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        eos_id: int | None = None,
+    ) -> Iterator[int]:
+        """Like :meth:`generate`, one id at a time."""
+        from glowflow.core.generation import SamplingOptions, generate
+
+        options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos_id=eos_id)
+        return generate(self.module, prompt_ids, max_new_tokens, self.config.data.context, options)
+
+    def load_state_dict(self, state: Mapping[str, Tensor], source: str = "state_dict") -> None:
+        """Take over weights by name.
+
+        Raises:
+            CheckpointError: names or shapes are not exactly those of the config.
+        """
+        module = build_module(self.config, "meta")
+        problems = state_dict_problems(module, state, source)
+        if problems:
+            raise CheckpointError(problems, title="The weights do not fit the config's architecture")
+        module.to_empty(device="cpu")
+        module.load_state_dict(dict(state))
+        module.reset_buffers()
+        self._module = module
+
+    def load_weights(self, path: str | Path) -> None:
+        """Take over the weights of a single-file checkpoint of the same architecture; the config stays.
+
+        Raises:
+            CheckpointError: unreadable, or of another architecture.
+        """
+        content = read_single_file(path)
+        theirs = content["config"].get("model", {}).get("arch")
+        if theirs != self.config.model.arch:
+            raise CheckpointError(Problem(str(path), f"must hold the architecture {self.config.model.arch!r}", theirs))
+        self.load_state_dict(content["state_dict"], str(path))
+        self.step = content["step"]
+
+    def save(self, path: str | Path, step: int | None = None) -> None:
+        """Write one file: ``.pt`` (loads with ``weights_only=True``) or ``.safetensors``.
+
+        Raises:
+            CheckpointError: another suffix, or safetensors is not installed.
+        """
+        step = self.step if step is None else step
+        write_single_file(path, self.config, self.tokenizer_spec, self.module.state_dict(), step)
+
+    @classmethod
+    def load(cls, path: str | Path) -> GlowFlowModel:
+        """A model from a file that :meth:`save` or an export wrote.
+
+        Raises:
+            CheckpointError: missing, corrupt, not GlowFlow's, or its weights do not fit its config.
+        """
+        from glowflow.config.loader import load_config
+
+        content = read_single_file(path)
+        try:
+            model = cls(load_config(content["config"]), content["tokenizer"])
+        except ConfigError as error:
+            problems = [Problem(f"{path}: {p.key}", p.rule, p.value, p.hint) for p in error.problems]
+            raise CheckpointError(problems or str(error), title="The checkpoint's config cannot be used") from error
+        model.load_state_dict(content["state_dict"], str(path))
+        model.step = content["step"]
+        return model
+
+
+def state_dict_problems(module: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> list[Problem]:
+    """Every name and shape in which a state dict differs from the module's."""
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in state.items()}
+    problems = [Problem(source, f"lacks the parameter {name} {wanted[name]}") for name in wanted.keys() - given.keys()]
+    problems += [Problem(source, f"holds an unknown parameter {name}") for name in given.keys() - wanted.keys()]
+    problems += [
+        Problem(source, f"parameter {name} must have the shape {wanted[name]}", given[name])
+        for name in wanted.keys() & given.keys()
+        if wanted[name] != given[name]
+    ]
+    return sorted(problems, key=str)
+
+
+def write_single_file(
+    path: str | Path,
+    config: GlowFlowConfig,
+    tokenizer_spec: Mapping[str, Any] | None,
+    state: Mapping[str, Tensor],
+    step: int,
+) -> None:
+    """Write a single-file checkpoint atomically; parent folders are made.
+
+    Raises:
+        CheckpointError: unknown suffix, safetensors missing, or the place is not writable.
+    """
+    from glowflow.config.loader import to_dict
+
+    path = Path(path)
+    if path.suffix not in (".pt", ".safetensors"):
+        raise CheckpointError(Problem(str(path), "must end in .pt or .safetensors", path.suffix))
+    tensors = {name: value.detach().to("cpu").contiguous() for name, value in state.items()}
+    digest = _digest(tensors)
+    tokenizer = None if tokenizer_spec is None else dict(tokenizer_spec)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".pt":
+            content = {"format": FORMAT, "config": to_dict(config), "tokenizer": tokenizer, "step": step}
+            torch.save({**content, "digest": digest, "state_dict": tensors}, partial)
+        else:
+            header = {"format": FORMAT, "config": json.dumps(to_dict(config)), "tokenizer": json.dumps(tokenizer)}
+            metadata = {**header, "step": str(step), "digest": digest}
+            _safetensors().torch.save_file(tensors, str(partial), metadata=metadata)
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(Problem(str(path), f"cannot be written: {error.strerror or error}")) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_single_file(path: str | Path) -> dict[str, Any]:
+    """The content of a single-file checkpoint: config and tokenizer (dicts), step, state_dict.
+
+    Raises:
+        CheckpointError: missing, corrupt, or not GlowFlow's.
+    """
+    path = Path(path)
+    if path.is_dir():
+        hint = "`glowflow export` turns a checkpoint directory into a file"
+        raise CheckpointError(Problem(str(path), "is a directory, not a single-file checkpoint", hint=hint))
+    if not path.is_file():
+        raise CheckpointError(Problem(str(path), "does not exist"))
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    wanted: dict[str, Any] = {"config": dict, "step": int, "state_dict": dict, "tokenizer": (dict, type(None))}
+    if content.get("format") != FORMAT or not all(isinstance(content.get(k), t) for k, t in wanted.items()):
+        raise CheckpointError(Problem(str(path), f"is not a GlowFlow model file of format {FORMAT}", content.get("format")))
+    if _digest(content["state_dict"]) != content.get("digest"):
+        raise CheckpointError(Problem(str(path), "is corrupt: the weights do not match the digest stored with them"))
+    return content
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes: neither file format notices a flipped bit by itself."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].contiguous()
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_pt(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(Problem(str(path), f"is corrupt or no model file: {reason}")) from error
+    return content if isinstance(content, dict) else {}
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if header.get("format") != FORMAT:
+            return {"format": header.get("format")}
+        decoded = {key: json.loads(header[key]) for key in ("config", "tokenizer", "step")}
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise CheckpointError(Problem(str(path), f"is corrupt or no model file: {error}")) from error
+    return {"format": FORMAT, "digest": header.get("digest"), **decoded, "state_dict": state}
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        hint = "`pip install safetensors`, or use a .pt file"
+        raise CheckpointError(Problem("safetensors", "is not installed", hint=hint)) from error
+    return safetensors

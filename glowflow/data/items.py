@@ -1,0 +1,97 @@
+"""Items of a Ray stream: many steps' rows of one rank in one payload, made by ``Plan.batch`` inside a Ray task.
+
+No torch here: the tasks that make items start quickly and stay small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from glowflow.config.errors import DataError, GlowFlowError, Problem
+from glowflow.data.payload import pack
+from glowflow.data.plan import Plan, PlanBatch, shared_plan
+
+__all__ = ["ItemMaker", "RankShare", "as_data_error"]
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """The rows of the global batch that one rank takes, and how it cuts them.
+
+    Raises:
+        DataError: the global batch does not divide over ranks and accumulation steps.
+    """
+
+    global_batch: int
+    rank: int
+    world_size: int
+    grad_accum_steps: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is not in a world of {self.world_size}")
+        parts = self.world_size * self.grad_accum_steps
+        if self.grad_accum_steps < 1 or self.global_batch % parts:
+            rule = f"must be a multiple of workers x accumulation steps, {self.world_size} x {self.grad_accum_steps}"
+            raise DataError(Problem("training.batch_size", rule, self.global_batch))
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First row, and the row after the last."""
+        size = self.global_batch // self.world_size
+        return self.rank * size, (self.rank + 1) * size
+
+    @property
+    def micro_batch(self) -> int:
+        return self.global_batch // self.world_size // self.grad_accum_steps
+
+
+@dataclass(frozen=True)
+class ItemMaker:
+    """The map of the data set: number of an item -> payload with the rank's rows of its steps."""
+
+    spec: dict[str, Any]
+    share: RankShare
+    start: int
+    stop: int
+    steps_per_item: int
+
+    @property
+    def num_items(self) -> int:
+        return -(-(self.stop - self.start) // self.steps_per_item)
+
+    def steps(self, item: int) -> range:
+        first = self.start + item * self.steps_per_item
+        return range(first, min(first + self.steps_per_item, self.stop))
+
+    def payload(self, plan: Plan, item: int) -> bytes:
+        """The rows of the item's steps, one after the other, and the weight of each global batch."""
+        steps = self.steps(item)
+        batches = list(plan.batches(steps, *self.share.rows))
+        arrays = {field.name: np.stack([getattr(b, field.name) for b in batches]) for field in fields(PlanBatch)}
+        arrays["global_weight"] = plan.step_weights(steps)
+        return pack(arrays)
+
+    def __call__(self, table: Any) -> Any:
+        """Arrow table with the column ``id`` -> columns ``id``, ``payload``, ``error``; one row each."""
+        import pyarrow as pa
+
+        rows: list[tuple[int, bytes, str]] = []
+        for item in table["id"].to_pylist():
+            # An error travels as data: the reader raises it with its own text, and Ray prints no stack of a task.
+            try:
+                rows.append((item, self.payload(shared_plan(self.spec), item), ""))
+            except Exception as error:  # noqa: BLE001
+                rows.append((item, b"", str(as_data_error(error))))
+        columns = [pa.array(column, type) for column, type in zip(zip(*rows), (pa.int64(), pa.large_binary(), pa.string()))]
+        return pa.table(columns, names=["id", "payload", "error"])
+
+
+def as_data_error(error: BaseException) -> GlowFlowError:
+    """An error of ours as it is, any other one as a ``DataError`` that names it."""
+    if isinstance(error, GlowFlowError):
+        return error
+    return DataError(f"reading the data failed: {type(error).__name__}: {error}")

@@ -1,0 +1,125 @@
+"""From the config's data section to checked manifests: what `train`, `eval` and `plan` call before anything else."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from glowflow.config.errors import DataError, Problem
+from glowflow.config.schema import DataConfig
+from glowflow.data.build import BuildOptions, Progress, build, build_key
+from glowflow.data.datasets.catalogue import cache_root, resolve
+from glowflow.data.datasets.source import Source
+from glowflow.data.manifest import Manifest
+from glowflow.data.processors.text import Tokenizer, load_tokenizer_file, parse_request
+
+__all__ = ["check_tokenizer", "ensure_built", "load_built"]
+
+logger = logging.getLogger(__name__)
+
+
+def ensure_built(
+    config: DataConfig, *, use_ray: bool = True, progress: Progress | None = None
+) -> list[tuple[Manifest, float]]:
+    """Make sure that every source of a config is built, whole, and of one tokenizer.
+
+    Built directories are loaded and checked as ``config.verify`` says; anything else is built into the cache, once
+    for each content, tokenizer and format. With several sources the first one's tokenizer serves all.
+
+    Args:
+        config: the data section.
+        use_ray: build as a Ray Data job, or in this process; the result is the same.
+        progress: called with (units done, units in all, tokens so far) of each build.
+
+    Returns:
+        (manifest, weight) per source, in the order of the config.
+
+    Raises:
+        DataError: a source can not be found or built, a shard has changed, or the tokenizers differ.
+    """
+    wanted = [(one.dataset, one.weight) for one in config.sources] or [(config.dataset, 1.0)]
+    resolved = [(resolve(name, config), weight) for name, weight in wanted]
+    tokenizer: Tokenizer | None = None
+    built: list[tuple[Manifest, float]] = []
+    for source, weight in resolved:
+        if source.built is not None:
+            manifest = load_built(source.built, config.verify)
+            check_tokenizer(manifest, config.tokenizer)
+        else:
+            manifest = _build_into_cache(source, tokenizer or config.tokenizer, config, use_ray, progress)
+        if tokenizer is None:
+            tokenizer = manifest.tokenizer()
+        built.append((manifest, weight))
+    _check_same_tokenizer([manifest for manifest, _ in built])
+    _check_splits(built[0][0], config)
+    return built
+
+
+def load_built(path: Path, verify: Literal["size", "hash"]) -> Manifest:
+    """Load the manifest of a built directory and check its shards.
+
+    Raises:
+        DataError: there is none, it is invalid, or shards have changed (all are named).
+    """
+    from glowflow.data.inspect import check_index
+
+    manifest = Manifest.load(path)
+    if manifest.index_only:
+        problems = [*manifest.check(verify), *check_index(manifest, verify)]
+    else:
+        problems = manifest.check(verify)
+    if problems:
+        raise DataError(problems, title=f"the data set {manifest.name} is damaged")
+    return manifest
+
+
+def check_tokenizer(manifest: Manifest, request: str) -> None:
+    """Refuse a built data set whose tokenizer is not the one that the config asks for.
+
+    Raises:
+        DataError: ``request`` is not ``auto`` and stands for another tokenizer.
+    """
+    if request == "auto":
+        return
+    kind, size, path = parse_request(request)
+    spec = manifest.tokenizer_spec
+    if path is not None:
+        same = load_tokenizer_file(path).fingerprint == manifest.tokenizer_fingerprint
+    elif kind == "words":
+        same = spec.get("kind") == kind and (size is None or len(spec["words"]) <= size)
+    else:
+        same = spec.get("kind") == kind and (size is None or spec.get("vocab_size") == size)
+    if not same:
+        hint = "set data.tokenizer=auto to take the data set's own, or build the data set with the other one"
+        rule = f"must be the tokenizer of {manifest.root}, which is {manifest.tokenizer().name}"
+        raise DataError(Problem("data.tokenizer", rule, request, hint))
+
+
+def _build_into_cache(
+    source: Source, tokenizer: Tokenizer | str, config: DataConfig, use_ray: bool, progress: Progress | None
+) -> Manifest:
+    options = BuildOptions(on_bad_file=config.on_bad_file)
+    key = build_key(source, tokenizer, options)
+    out = cache_root(config) / "built" / f"{source.name}-{key[:16]}"
+    if (out / "manifest.json").is_file():
+        manifest = load_built(out, config.verify)
+        if manifest.source.get("build_key") == key:
+            logger.info("%s is built already: %s", source.name, out)
+            return manifest
+    return build(source, out, tokenizer, config=config, options=options, use_ray=use_ray, progress=progress)
+
+
+def _check_same_tokenizer(manifests: list[Manifest]) -> None:
+    first = manifests[0]
+    others = [m for m in manifests[1:] if m.tokenizer_fingerprint != first.tokenizer_fingerprint]
+    if others:
+        rule = f"must have the tokenizer of the first source, {first.name} ({first.tokenizer_fingerprint[:12]})"
+        hint = "build all sources with one tokenizer: `glowflow data build SOURCE OUT --tokenizer ...`"
+        problems = [Problem(f"data.sources: {m.name}", rule, m.tokenizer_fingerprint[:12], hint) for m in others]
+        raise DataError(problems, title="sources of different tokenizers")
+
+
+def _check_splits(manifest: Manifest, config: DataConfig) -> None:
+    """The training split must be there; evaluation names the split it wants when it wants it."""
+    manifest.split(config.train_split)

@@ -1,0 +1,277 @@
+"""Streams: the steps of a plan as torch batches for one rank, prepared ahead of the training loop.
+
+``local_stream`` prepares them in a thread of this process. ``ray_stream`` is opened inside a Ray Train worker: a lazy
+range of items, many steps to an item, is mapped to arrays by Ray tasks that call the same ``Plan.batch``, in order.
+Rank r of W takes rows [r G / W, (r + 1) G / W) of every global batch, cut into micro-batches in that order.
+
+Shapes: G global batch, W ranks, B rows of a micro-batch, T context.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from typing import Any, Iterator
+
+import numpy as np
+import torch
+
+from glowflow.config.errors import DataError, GlowFlowError, Problem
+from glowflow.core.batch import Batch, StepBatches
+from glowflow.data.items import ItemMaker, RankShare, as_data_error
+from glowflow.data.payload import unpack
+from glowflow.data.plan import Plan, PlanBatch
+
+__all__ = ["local_stream", "ray_stream", "to_batch"]
+
+logger = logging.getLogger(__name__)
+
+_MAP_CPUS = 0.25  # small enough that maps run beside workers that hold most of the CPUs
+_MAX_BLOCKS = 256  # tasks of one stream; a block is a run of consecutive items, so tasks follow the windows
+_BLOCK_MARGIN = 4  # blocks that Ray Data may hold in flight, beside the prefetched ones
+_MAX_ITEM_POSITIONS = 1 << 21  # positions in one item: its arrays stay in the tens of MB
+_BYTES_PER_POSITION = 16  # upper estimate for a payload: 4-byte tokens and targets, the rest narrow
+_MIN_STORE_BYTES = 16 << 20
+_JOIN_SECONDS = 10.0
+
+
+def to_batch(batch: PlanBatch, document_mask: bool = True) -> Batch:
+    """Turn rows of a plan into torch tensors.
+
+    Args:
+        batch: rows of a plan.
+        document_mask: keep documents apart; otherwise every row counts as one document.
+    """
+    if document_mask:
+        # Padding behind the last target does no harm to a causal row: only documents with a weight count.
+        other = batch.document_ids != batch.document_ids[:, :1]
+        single = not bool((other & (batch.loss_weights > 0)).any())
+        documents, positions = _int64(batch.document_ids), _int64(batch.positions)
+    else:
+        single = True
+        documents = torch.zeros(batch.tokens.shape, dtype=torch.int64)
+        positions = torch.arange(batch.tokens.shape[1]).expand(batch.tokens.shape).contiguous()
+    return Batch(
+        tokens=_int64(batch.tokens),
+        targets=_int64(batch.targets),
+        loss_weights=torch.from_numpy(batch.loss_weights.astype(np.float32)),
+        positions=positions,
+        document_ids=documents,
+        sample_ids=_int64(batch.sample_ids),
+        reset=torch.from_numpy(batch.reset.astype(np.bool_)),
+        single_document=single,
+    )
+
+
+def _micro_batches(share: RankShare, rows: PlanBatch, document_mask: bool) -> list[Batch]:
+    """The rank's rows of a step as micro-batches."""
+    size = share.micro_batch
+    return [to_batch(rows.rows(m * size, (m + 1) * size), document_mask) for m in range(share.grad_accum_steps)]
+
+
+def local_stream(
+    plan: Plan,
+    start_step: int,
+    stop_step: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    grad_accum_steps: int = 1,
+    document_mask: bool = True,
+    prefetch: int = 8,
+) -> Iterator[StepBatches]:
+    """Steps [start_step, stop_step) for one rank, prepared by a thread of this process.
+
+    Args:
+        plan: the plan.
+        start_step: first step, for example from a checkpoint's cursor.
+        stop_step: step after the last.
+        rank: number of this rank.
+        world_size: number of ranks.
+        grad_accum_steps: micro-batches per step.
+        document_mask: keep documents apart (see ``to_batch``).
+        prefetch: steps that are kept ready.
+
+    Raises:
+        DataError: the data cannot be read, or the global batch cannot be divided.
+    """
+    share = RankShare(plan.global_batch, rank, world_size, grad_accum_steps)
+    return _local_steps(plan, share, start_step, stop_step, document_mask, prefetch)
+
+
+def _local_steps(
+    plan: Plan, share: RankShare, start: int, stop: int, document_mask: bool, prefetch: int
+) -> Iterator[StepBatches]:
+    ready: queue.Queue[StepBatches | BaseException | None] = queue.Queue(maxsize=max(1, prefetch))
+    closed = threading.Event()
+    producer = threading.Thread(
+        target=_produce, args=(plan, share, start, stop, document_mask, ready, closed), name="glowflow-data", daemon=True
+    )
+    began = time.perf_counter()
+    producer.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise as_data_error(item) from item
+            item.wait_seconds = time.perf_counter() - began
+            yield item
+            began = time.perf_counter()
+    finally:
+        closed.set()
+        while not ready.empty():  # a producer that waits for room must see that nobody will take more
+            ready.get_nowait()
+        producer.join(_JOIN_SECONDS)
+
+
+def _produce(
+    plan: Plan,
+    share: RankShare,
+    start: int,
+    stop: int,
+    document_mask: bool,
+    ready: queue.Queue[StepBatches | BaseException | None],
+    closed: threading.Event,
+) -> None:
+    """Fill the queue with steps, then ``None``; an exception is handed over as the last item."""
+
+    def hand_over(item: StepBatches | BaseException | None) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    try:
+        for step, rows in zip(range(start, stop), plan.batches(range(start, stop), *share.rows)):
+            micro_batches = _micro_batches(share, rows, document_mask)
+            if not hand_over(StepBatches(step, micro_batches, float(plan.step_weight(step)))):
+                return
+        hand_over(None)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer must not wait for ever
+        hand_over(error)
+
+
+def ray_stream(
+    plan: Plan,
+    start_step: int,
+    stop_step: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    grad_accum_steps: int = 1,
+    document_mask: bool = True,
+    steps_per_item: int = 32,
+    prefetch_items: int = 2,
+) -> Iterator[StepBatches]:
+    """Steps [start_step, stop_step) for one rank, prepared by tasks of Ray Data; yields what ``local_stream`` yields.
+
+    Every rank runs a data set of its own over the items of its own rows. Nothing is read before ``start_step``.
+
+    Args:
+        steps_per_item: steps whose batches one item carries at most (fewer where steps are large, and at the end).
+        prefetch_items: items that are kept ready in this process.
+
+    Other arguments and errors as for ``local_stream``.
+    """
+    share = RankShare(plan.global_batch, rank, world_size, grad_accum_steps)
+    if steps_per_item < 1 or prefetch_items < 1:
+        problems = [
+            Problem(f"data.{key}", "must be at least 1", value)
+            for key, value in (("steps_per_item", steps_per_item), ("prefetch_items", prefetch_items))
+            if value < 1
+        ]
+        raise DataError(problems)
+    if start_step >= stop_step:
+        return iter(())
+    positions = (share.rows[1] - share.rows[0]) * plan.context
+    steps_per_item = max(1, min(steps_per_item, _MAX_ITEM_POSITIONS // positions))
+    maker = ItemMaker(plan.spec(), share, start_step, stop_step, steps_per_item)
+    item_bytes = steps_per_item * positions * _BYTES_PER_POSITION
+    return _ray_steps(maker, item_bytes, document_mask, prefetch_items)
+
+
+def _ray_steps(maker: ItemMaker, item_bytes: int, document_mask: bool, prefetch_items: int) -> Iterator[StepBatches]:
+    dataset = _dataset(maker, item_bytes, prefetch_items)
+    tables = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch_items))
+    began, expected = time.perf_counter(), 0
+    try:
+        for table in _ray_errors(tables):
+            for item, payload, error in zip(*(table[name] for name in ("id", "payload", "error"))):
+                if error.as_py():
+                    raise DataError(error.as_py())
+                if item.as_py() != expected:
+                    raise DataError(f"Ray Data gave item {item.as_py()} of the stream where {expected} was due")
+                for step in _unpacked(payload.as_buffer(), maker, expected, document_mask):
+                    step.wait_seconds = time.perf_counter() - began
+                    yield step
+                    began = time.perf_counter()
+                expected += 1
+        if expected != maker.num_items:
+            raise DataError(f"Ray Data ended the stream after {expected} of {maker.num_items} items")
+    finally:
+        close = getattr(tables, "close", None)
+        if close is not None:
+            close()  # stops the executor and its tasks now, not whenever the iterator is collected
+
+
+def _unpacked(payload: Any, maker: ItemMaker, item: int, document_mask: bool) -> Iterator[StepBatches]:
+    arrays = unpack(payload)
+    weights = arrays.pop("global_weight")
+    for index, step in enumerate(maker.steps(item)):
+        rows = PlanBatch(**{name: array[index] for name, array in arrays.items()})
+        yield StepBatches(step, _micro_batches(maker.share, rows, document_mask), float(weights[index]))
+
+
+def _dataset(maker: ItemMaker, item_bytes: int, prefetch_items: int) -> Any:
+    """The lazy data set of one rank: a range of items, mapped in order, one item to a block."""
+    import ray
+
+    # The data set copies this process's context; nobody else's data sets are to change with it.
+    shared = ray.data.DataContext.get_current()
+    context = shared.copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = 1  # a block is handed on as soon as it holds one item
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = _limits(maker.share.world_size, item_bytes, prefetch_items)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    with ray.data.DataContext.current(context):
+        # Both with one task at a time, else Ray would not fuse them and the range would ask for a whole CPU.
+        items = ray.data.range(maker.num_items, concurrency=1, override_num_blocks=min(maker.num_items, _MAX_BLOCKS))
+        return items.map_batches(
+            maker,
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            num_cpus=_MAP_CPUS,
+            compute=ray.data.TaskPoolStrategy(size=1),
+        )
+
+
+def _limits(world_size: int, item_bytes: int, prefetch_items: int) -> Any:
+    """What one rank's executor may take: every rank runs its own, and each would think that all is its own."""
+    import ray
+    from ray.data import ExecutionResources
+
+    store = ray.cluster_resources().get("object_store_memory", 0.0) / world_size / 2
+    wanted = max(_MIN_STORE_BYTES, (prefetch_items + _BLOCK_MARGIN) * item_bytes)
+    return ExecutionResources.for_limits(object_store_memory=min(wanted, store) if store else wanted)
+
+
+def _ray_errors(tables: Iterator[Any]) -> Iterator[Any]:
+    """Pass tables on; turn an error of Ray into one of ours."""
+    try:
+        yield from tables
+    except GlowFlowError:
+        raise
+    except Exception as error:
+        raise as_data_error(error) from error
+
+
+def _int64(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.int64))

@@ -1,0 +1,161 @@
+"""Runners for ``glowflow bench train``: the bare loop, ``--local`` and Ray Train with one worker, in alternation.
+
+The benchmark room says what a measurement is; here are the runners that need Ray, and the MLflow run in the experiment
+``benchmarks`` that keeps the result.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from glowflow.benchmark.measure import Measurement, alternate, summarise
+from glowflow.benchmark.train import bare_loop, report
+from glowflow.config.loader import apply_overrides, load_config, to_dict
+from glowflow.config.schema import GlowFlowConfig
+from glowflow.orchestration.pipeline import TrainingPipeline
+from glowflow.tracking.spool import curves
+
+__all__ = ["EXPERIMENT", "bench_train", "record_benchmark"]
+
+EXPERIMENT = "benchmarks"
+_LOG_INTERVAL = 5
+
+
+def bench_train(
+    source: str | Path,
+    overrides: list[str],
+    *,
+    steps: int,
+    warmup: int,
+    rounds: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure one config three ways with one worker.
+
+    Args:
+        source: config file. overrides: key=value.
+        steps: steps that are timed per round and variant. warmup: steps before them.
+        rounds: how often the variants take turns.
+        progress: told what is being measured.
+
+    Returns:
+        JSON-able: per variant step time, tokens/s, speed relative to the bare loop, data-wait share, seconds to the
+        first step; plus the bare loop's utilisation.
+    """
+    config = load_config(source, [*overrides, "resources.workers=1"])
+    with tempfile.TemporaryDirectory(prefix="glowflow-bench-") as scratch:
+        config = _measured_config(config, steps + warmup, scratch)
+        sized = _with_vocabulary(config)
+        runners: dict[str, Callable[[], Measurement]] = {
+            "bare": partial(bare_loop, sized, steps, warmup),
+            "local": partial(_run_pipeline, config, True, warmup),
+            "ray": partial(_run_pipeline, config, False, warmup),
+        }
+        results = alternate(runners, rounds, progress)
+    document = report(sized, results["bare"][0])
+    document["variants"] = summarise(results, baseline="bare")
+    document |= {"config": to_dict(config), "steps": steps, "warmup": warmup, "rounds": rounds}
+    return document
+
+
+def _measured_config(config: GlowFlowConfig, steps: int, scratch: str) -> GlowFlowConfig:
+    """The config with nothing in it that interrupts the steady state."""
+    from glowflow.training.seeds import choose_threads
+
+    threads = config.training.threads or choose_threads(None, None, 1)[0]
+    return apply_overrides(
+        config,
+        {
+            "training.max_steps": steps,
+            "training.checkpoint_interval": steps,
+            "training.val_interval": steps,
+            "training.val_batches": 1,
+            "training.log_interval": _LOG_INTERVAL,
+            "training.threads": threads,
+            "tracking.storage": scratch,
+            "tracking.run": None,
+            "tracking.backend": "jsonl",
+            "tracking.system_metrics": False,
+        },
+    )
+
+
+def _with_vocabulary(config: GlowFlowConfig) -> GlowFlowConfig:
+    """Build the data beforehand, so that its time is not measured, and size the model for the bare loop."""
+    from glowflow.core.model import GlowFlowModel
+    from glowflow.data.prepare import ensure_built
+
+    manifest = ensure_built(config.data, use_ray=False)[0][0]
+    return GlowFlowModel(config, manifest.tokenizer_spec).config
+
+
+def _run_pipeline(config: GlowFlowConfig, local: bool, warmup: int) -> Measurement:
+    """One run of the real thing; its step times are what it logged itself."""
+    record = TrainingPipeline(config).fit(local=local, progress=False)
+    run_dir = Path(record.config["tracking"]["storage"]) / record.run
+    logged = curves(run_dir / "metrics.jsonl")
+    steady = [step for step in logged["step_time_ms"] if step > warmup]
+    waits = [logged["data_wait_share"][step] for step in steady]
+    return Measurement(
+        step_ms=[logged["step_time_ms"][step] for step in steady],
+        tokens_per_step=config.training.batch_size * config.data.context,
+        data_wait_share=sum(waits) / len(waits),
+        seconds_to_first_step=_seconds_to_first_step(run_dir),
+        details={"run": record.run, "threads": config.training.threads},
+    )
+
+
+def _seconds_to_first_step(run_dir: Path) -> float:
+    """From the creation of the run to the first logged step."""
+    from datetime import datetime
+
+    started = datetime.fromisoformat(json.loads((run_dir / "run.json").read_text())["started"]).timestamp()
+    with (run_dir / "metrics.jsonl").open() as lines:
+        first = json.loads(next(lines))
+    return float(first["timestamp_ms"]) / 1000 - started
+
+
+def record_benchmark(document: dict[str, Any], storage: str | Path, uri: str | None = None) -> str:
+    """Keep a result as a finished MLflow run in the experiment ``benchmarks``; returns its name.
+
+    The document itself is RUN/benchmark.json, in a run directory like any other.
+    """
+    from glowflow.tracking.base import Point
+    from glowflow.tracking.mlflow import MlflowTracker, create_run, default_uri
+    from glowflow.tracking.runrecord import RunRecord, create_run_dir, new_run_name, now_iso, this_process
+
+    run_dir = create_run_dir(storage, new_run_name("bench-train"))
+    (run_dir / "benchmark.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+    started = now_iso()
+    record = RunRecord(run_dir.name, config=document["config"], started=started, process=this_process())
+    record.save(run_dir)
+    store = default_uri(storage, uri)
+    tags = {f"environment.{key}": value for key, value in document["environment"].items()}
+    config = {"benchmark": "train", **document["config"]}
+    run_id = create_run(run_dir, name=run_dir.name, config=config, uri=store, experiment=EXPERIMENT, tags=tags)
+    tracker = MlflowTracker(store, run_id, run_dir)
+    now = int(time.time() * 1000)
+    tracker.log_points([Point(name, 0, value, now) for name, value in _metrics(document)])
+    tracker.finish("FINISHED")
+    tracker.close()
+    record.status, record.final, record.ended, record.mlflow_run_id = (
+        "FINISHED",
+        dict(_metrics(document)),
+        now_iso(),
+        run_id,
+    )
+    record.save(run_dir)
+    return run_dir.name
+
+
+def _metrics(document: dict[str, Any]) -> list[tuple[str, float]]:
+    """The numbers of every variant as metrics: ``ray/step_ms``."""
+    shown = ("step_ms", "tokens_per_second", "speed_relative_to_bare", "data_wait_share", "seconds_to_first_step")
+    rows = document["variants"].items()
+    return [(f"{name}/{key}", float(row[key])) for name, row in rows for key in shown if row[key] is not None]

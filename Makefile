@@ -6,7 +6,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q --no-input
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input
 # An environment holds one editable install: the stamp names the clone that it belongs to.
 STAMP := $(VENV)/.glowflow-$(shell printf '%s' '$(CURDIR)' | cksum | cut -d' ' -f1)
 

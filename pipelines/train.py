@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from glowflow.cli.main import run  # noqa: E402 - the package may only lie beside this file
+from glowflow.cli.main import run
 
 if __name__ == "__main__":
     sys.exit(run(["train", *sys.argv[1:]]))

@@ -76,6 +76,7 @@ def bare_loop(config: GlowFlowConfig, steps: int, warmup: int) -> Measurement:
     strategy = make_strategy("single", device=device, precision=config.training.precision)
     module = strategy.prepare(config)
     module.train()
+    architecture = strategy.unwrap(module)
     optimizer, batch = build_optimizer(module, config), ready_batch(config, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -94,8 +95,8 @@ def bare_loop(config: GlowFlowConfig, steps: int, warmup: int) -> Measurement:
         seconds_to_first_step=first,
         peak_memory_bytes=_peak_memory(device),
         details={
-            "parameters": module.num_parameters(),
-            "flops_per_token": module.flops_per_token(config.data.context),
+            "parameters": architecture.num_parameters(),
+            "flops_per_token": architecture.flops_per_token(config.data.context),
         },
     )
 
@@ -178,12 +179,13 @@ def main(args: Sequence[str] | None = None) -> int:
         config = load_config(given.config, ["resources.workers=1", *given.overrides])
         device = choose_device(config.resources.accelerator)
         for warning in precision_warnings(config.training.precision, device):
-            print(f"warning: {warning}", file=sys.stderr)
+            sys.stderr.write(f"warning: {warning}\n")
         document = report(config, bare_loop(config, given.steps, given.warmup))
     except GlowFlowError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return 2
-    print(json.dumps({"config": given.config, "overrides": given.overrides, **document}, indent=2))
+    document = {"config": given.config, "overrides": given.overrides, **document}
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
     return 0
 
 

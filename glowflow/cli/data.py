@@ -80,9 +80,8 @@ def build(
     for file in skipped:
         note(f"skipped {file['name']}: {file['reason']}")
     for name, total in _totals(manifest).items():
-        note(
-            f"{name}: {total['documents']:,} documents, {total['tokens']:,} tokens, {human_bytes(total['text_bytes'])} of text"
-        )
+        size = human_bytes(total["text_bytes"])
+        note(f"{name}: {total['documents']:,} documents, {total['tokens']:,} tokens, {size} of text")
     note(f"built {manifest.root}; next: glowflow data inspect {out}")
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import click
 

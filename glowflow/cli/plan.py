@@ -41,7 +41,7 @@ def plan_document(config: GlowFlowConfig, vram: float | None = None) -> dict[str
     found, vocabulary, data_note = _data(config)
     if config.model.vocab_size is None:
         config = GlowFlowModel(config, {"vocab_size": vocabulary}).config
-    accelerator = resolve_accelerator(config)
+    accelerator = resolve_accelerator(config, joined=False)
     device = "cuda" if accelerator == "gpu" or vram is not None else "cpu"
     model = GlowFlowModel(config)
     tokens_per_step = config.training.batch_size * config.data.context
@@ -76,12 +76,11 @@ def plan_document(config: GlowFlowConfig, vram: float | None = None) -> dict[str
 def _data(config: GlowFlowConfig) -> tuple[int | None, int, str]:
     """(sequences per epoch if the data is built, size of the vocabulary, a sentence)."""
     from glowflow.data.plan import plan as make_plan
-    from glowflow.data.prepare import find_built
-    from glowflow.data.processors.text import vocabulary_size
+    from glowflow.data.prepare import expected_vocabulary, find_built
 
     built = find_built(config.data)
     if built is None:
-        known = vocabulary_size(config.data)
+        known = expected_vocabulary(config.data)
         sentence = "not built yet (train builds it)"
         if known is None and config.model.vocab_size is None:
             sentence += f"; the tokenizer is not known, {_GUESSED_VOCABULARY:,} tokens are assumed"
@@ -140,25 +139,7 @@ def _print(document: dict[str, Any]) -> None:
     from glowflow.tracking.tables import table
 
     click.echo(to_yaml(load_config(document["config"])).rstrip())
-    epochs = "" if document["epochs"] is None else f" ({document['epochs']:.2f} epochs)"
-    looked_up = document["parameters"] - document["parameters_without_embedding"]
-    rows = [
-        [
-            "parameters",
-            f"{document['parameters']:,}" + (f" ({looked_up:,} of them looked up only)" if looked_up else ""),
-        ],
-        ["data", document["data"]],
-        [
-            "steps",
-            f"{document['steps']:,} of {document['tokens_per_step']:,} tokens: {human_count(document['tokens'])} tokens{epochs}",
-        ],
-        ["compute", f"{document['flops']:.3g} FLOPs"],
-        [
-            "workers",
-            f"{document['workers']} on {document['accelerator']}, micro-batch {document['micro_batch_size']}, {document['grad_accum_steps']} per step",
-        ],
-    ]
-    click.echo("\n" + table(["", ""], rows).split("\n", 2)[2])
+    click.echo("\n" + table(["", ""], _rows(document)).split("\n", 2)[2])
     memory = document["memory_per_worker"]
     click.echo("\nmemory per worker (estimate)")
     click.echo("\n".join(f"  {name:<12} {human_bytes(value):>12}" for name, value in memory.items()))
@@ -171,6 +152,22 @@ def _print(document: dict[str, Any]) -> None:
         _print_fit(document["vram"], document["micro_batch_size"])
     for text in document["warnings"]:
         click.echo(f"\nwarning: {text}")
+
+
+def _rows(document: dict[str, Any]) -> list[list[str]]:
+    """What is counted, one line each."""
+    epochs = "" if document["epochs"] is None else f" ({document['epochs']:.2f} epochs)"
+    looked_up = document["parameters"] - document["parameters_without_embedding"]
+    only = f" ({looked_up:,} of them looked up only)" if looked_up else ""
+    each, total = document["tokens_per_step"], human_count(document["tokens"])
+    split = f"micro-batch {document['micro_batch_size']}, {document['grad_accum_steps']} per step"
+    return [
+        ["parameters", f"{document['parameters']:,}{only}"],
+        ["data", document["data"]],
+        ["steps", f"{document['steps']:,} of {each:,} tokens: {total} tokens{epochs}"],
+        ["compute", f"{document['flops']:.3g} FLOPs"],
+        ["workers", f"{document['workers']} on {document['accelerator']}, {split}"],
+    ]
 
 
 def _print_fit(fit: dict[str, Any], size: int) -> None:

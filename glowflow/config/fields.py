@@ -24,6 +24,24 @@ from glowflow.config.selection import architecture_schema, optimizer_schema
 
 __all__ = ["Key", "describe_type", "known_keys", "nested_model", "siblings_of", "suggest", "walk"]
 
+# What other projects call our keys.
+_SYNONYMS = {
+    "block_size": "context",
+    "d_model": "dim",
+    "gradient_clip": "grad_clip",
+    "hidden_size": "dim",
+    "learning_rate": "lr",
+    "max_seq_len": "context",
+    "n_embd": "dim",
+    "n_head": "heads",
+    "n_layer": "depth",
+    "num_heads": "heads",
+    "num_layers": "depth",
+    "num_workers": "workers",
+    "seq_len": "context",
+    "steps": "max_steps",
+}
+
 
 @dataclass(frozen=True)
 class Key:
@@ -147,6 +165,7 @@ def suggest(key: str, candidates: list[str]) -> str:
     indices = re.findall(r"\.(\d+)(?=\.)", key)
     generic = re.sub(r"\.\d+(?=\.)", "[]", key)
     leaf = generic.rpartition(".")[2]
+    leaf = _SYNONYMS.get(leaf, leaf)
     siblings = {c.rpartition(".")[2]: c for c in siblings_of(generic, candidates)}
     close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7)
     same_leaf = [c for c in candidates if c.rpartition(".")[2] == leaf]
@@ -155,7 +174,7 @@ def suggest(key: str, candidates: list[str]) -> str:
     elif same_leaf:
         found = min(same_leaf, key=lambda c: (-difflib.SequenceMatcher(None, generic, c).ratio(), c))
     else:
-        found = next(iter(difflib.get_close_matches(generic, candidates, n=1, cutoff=0.7)), "")
+        found = next(iter(difflib.get_close_matches(generic, candidates, n=1, cutoff=0.8)), "")
     for index in indices:
         found = found.replace("[]", f".{index}", 1)
     return found

@@ -55,7 +55,8 @@ def next_token_probabilities(scores_v: Tensor, options: SamplingOptions) -> Tens
     scores_v = scores_v.double()
     if options.temperature == 0:
         return torch.zeros_like(scores_v).index_fill_(0, scores_v.argmax(), 1.0)
-    scores_v = scores_v / options.temperature
+    # Largest score first taken to 0, so that no temperature, however small, overflows.
+    scores_v = (scores_v - scores_v.max()) / options.temperature
     if options.top_k is not None and options.top_k < scores_v.numel():
         kept = torch.full_like(scores_v, float("-inf"))
         top = scores_v.topk(options.top_k)

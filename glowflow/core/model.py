@@ -257,6 +257,7 @@ def write_single_file(
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
         if path.suffix == ".pt":
             content = {"format": FORMAT, "config": to_dict(config), "tokenizer": tokenizer, "step": step}
             torch.save({**content, "digest": digest, "state_dict": tensors}, partial)
@@ -268,7 +269,8 @@ def write_single_file(
     except OSError as error:
         raise CheckpointError(Problem(str(path), f"cannot be written: {error.strerror or error}")) from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.is_file():
+            partial.unlink()
 
 
 def read_single_file(path: str | Path) -> dict[str, Any]:

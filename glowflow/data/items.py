@@ -51,7 +51,7 @@ class RankShare:
 
 @dataclass(frozen=True)
 class ItemMaker:
-    """The map of the data set: number of an item -> payload with the rank's rows of its steps."""
+    """Number of an item -> payload with the rank's rows of its steps."""
 
     spec: dict[str, Any]
     share: RankShare
@@ -75,18 +75,17 @@ class ItemMaker:
         arrays["global_weight"] = plan.step_weights(steps)
         return pack(arrays)
 
-    def __call__(self, table: Any) -> Any:
-        """Arrow table with the column ``id`` -> columns ``id``, ``payload``, ``error``; one row each."""
+    def table(self, item: int) -> Any:
+        """An item as an Arrow table of one row: ``id``, ``payload``, ``error``."""
         import pyarrow as pa
 
-        rows: list[tuple[int, bytes, str]] = []
-        for item in table["id"].to_pylist():
-            # An error travels as data: the reader raises it with its own text, and Ray prints no stack of a task.
-            try:
-                rows.append((item, self.payload(shared_plan(self.spec), item), ""))
-            except Exception as error:  # noqa: BLE001
-                rows.append((item, b"", str(as_data_error(error))))
-        columns = [pa.array(column, type) for column, type in zip(zip(*rows), (pa.int64(), pa.large_binary(), pa.string()))]
+        payload, text = b"", ""
+        # An error travels as data: the reader raises it with its own text, and Ray prints no stack of a task.
+        try:
+            payload = self.payload(shared_plan(self.spec), item)
+        except Exception as error:
+            text = str(as_data_error(error))
+        columns = [pa.array([item], pa.int64()), pa.array([payload], pa.large_binary()), pa.array([text], pa.string())]
         return pa.table(columns, names=["id", "payload", "error"])
 
 

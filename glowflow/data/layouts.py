@@ -7,8 +7,9 @@ Both are pure functions of the plan's arguments and the manifests' counts; they 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +17,13 @@ from numpy.typing import NDArray
 from glowflow.data.mixture import Mixture, lane_sources
 from glowflow.data.windows import WindowTable
 
-__all__ = ["LanesLayout", "PackedLayout", "Segments", "Stretch"]
+__all__ = ["LanesLayout", "Layout", "PackedLayout", "Segments", "Stretch"]
 
 Ints = NDArray[np.int64]
 
 
 class Stretch(NamedTuple):
-    """``count`` consecutive pairs of a window's pair stream, and where they go."""
+    """``length`` consecutive pairs of a window's pair stream, and where they go."""
 
     row: int  # row of the result
     column: int  # first position in that row
@@ -30,7 +31,7 @@ class Stretch(NamedTuple):
     epoch: int
     window: int
     first: int  # first pair in the window
-    count: int
+    length: int
     floor: int  # pair of the window from which positions count, where the document began earlier
     base: int  # added to the document's number in the window
 
@@ -42,6 +43,26 @@ class Segments:
     stretches: list[Stretch]
     sample_ids: Ints  # (B,)
     reset: NDArray[np.bool_]  # (B,)
+
+
+class Layout(Protocol):
+    """What the plan asks of a layout."""
+
+    streams: int  # how many stretches of data are read side by side
+    sequences_per_epoch: int  # of the first source
+    num_steps: int | None  # of a plan that ends
+
+    def epoch(self, step: int) -> float:
+        """Epochs of the first source that are done before a step."""
+        ...
+
+    def weights(self, steps: range) -> Ints:
+        """Number of targets in the global batch of each step."""
+        ...
+
+    def segments(self, steps: range, start: int, stop: int) -> Segments:
+        """What fills rows [start, stop) of the global batch of each step, one step after the other."""
+        ...
 
 
 class PackedLayout:
@@ -89,7 +110,7 @@ class PackedLayout:
         sequences = self._sequences(steps, start, stop)
         stretches = []
         for (source, epoch), rows, window, first, count in self._located(sequences):
-            fields = zip(rows.tolist(), window.tolist(), first.tolist(), count.tolist())
+            fields = zip(rows.tolist(), window.tolist(), first.tolist(), count.tolist(), strict=True)
             stretches += [Stretch(row, 0, source, epoch, w, f, n, f, 0) for row, w, f, n in fields]
         sample_ids = np.full(len(steps) * (stop - start), -1, dtype=np.int64)
         sample_ids[: len(sequences)] = sequences
@@ -145,7 +166,7 @@ class LanesLayout:
         for source in range(len(tables)):
             mine = self._source_of == source
             self._index_of[mine] = np.arange(np.count_nonzero(mine))
-        longest = [-(-table.total_pairs // lanes) for table, lanes in zip(tables, self._lanes_of)]
+        longest = [-(-table.total_pairs // lanes) for table, lanes in zip(tables, self._lanes_of, strict=True)]
         self._steps_of = [-(-pairs // context) for pairs in longest]
         self.streams = global_batch
         self.sequences_per_epoch = self._lanes_of[0] * self._steps_of[0]

@@ -10,10 +10,11 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Literal, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from glowflow.config.errors import DataError, Problem
 
@@ -276,13 +277,17 @@ def _inconsistencies(manifest: Manifest, key: str) -> list[Problem]:
     """What no manifest that we wrote can contain: a hand-edited or damaged file."""
     problems = []
     if manifest.token_dtype not in TOKEN_DTYPES:
-        problems.append(Problem(f"{key}: token_dtype", f"must be one of {', '.join(TOKEN_DTYPES)}", manifest.token_dtype))
+        problems.append(
+            Problem(f"{key}: token_dtype", f"must be one of {', '.join(TOKEN_DTYPES)}", manifest.token_dtype)
+        )
     for name, split in manifest.splits.items():
         where = f"{key}: splits.{name}"
         for total in ("rows", "tokens"):
             summed = sum(getattr(shard, total) for shard in split.shards)
             if summed != getattr(split, total):
-                problems.append(Problem(f"{where}.{total}", f"must be the sum over the shards, {summed}", getattr(split, total)))
+                problems.append(
+                    Problem(f"{where}.{total}", f"must be the sum over the shards, {summed}", getattr(split, total))
+                )
         for shard in split.shards:
             problems += _shard_inconsistencies(shard, f"{where}: {shard.path}")
     return problems
@@ -293,9 +298,13 @@ def _shard_inconsistencies(shard: ShardInfo, where: str) -> list[Problem]:
     for total in ("rows", "tokens"):
         summed = sum(getattr(group, total) for group in shard.row_groups)
         if summed != getattr(shard, total):
-            problems.append(Problem(f"{where}: {total}", f"must be the sum over the row groups, {summed}", getattr(shard, total)))
+            problems.append(
+                Problem(f"{where}: {total}", f"must be the sum over the row groups, {summed}", getattr(shard, total))
+            )
     if any(group.tokens < group.rows for group in shard.row_groups):
-        problems.append(Problem(where, "a row holds at least one token, so tokens must be at least rows in every row group"))
+        problems.append(
+            Problem(where, "a row holds at least one token, so tokens must be at least rows in every row group")
+        )
     if not _SHA256.fullmatch(shard.sha256):
         problems.append(Problem(f"{where}: sha256", "must be 64 hexadecimal digits", shard.sha256))
     return problems

@@ -7,8 +7,8 @@ however long the run. Inside a block the sources are permuted by a seeded genera
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,8 @@ class Mixture:
     def counts_before_block(self, block: int) -> Ints:
         """Sequences that each source has given before a block: (num_sources,) int64."""
         edges = [(share * block * self.block_size).__floor__() for share in self._cumulative]
-        return np.diff(np.array([0, *edges], dtype=np.int64))
+        before = np.array([0, *edges], dtype=np.int64)
+        return before[1:] - before[:-1]
 
     def count_before(self, source: int, sequence: int) -> int:
         """How many of the sequences 0..sequence-1 come from a source."""

@@ -7,7 +7,8 @@ Only numpy's *raw* bit streams are promised to be stable (NEP 19), so a permutat
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Callable, Generic, Hashable, TypeVar
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray

@@ -7,7 +7,8 @@ reading it copies nothing. Layout: 8 bytes length of the header, JSON header, th
 from __future__ import annotations
 
 import json
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray

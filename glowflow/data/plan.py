@@ -13,14 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glowflow.config.errors import DataError, Problem
-from glowflow.data.layouts import LanesLayout, PackedLayout, Stretch
+from glowflow.data.layouts import LanesLayout, Layout, PackedLayout, Stretch
 from glowflow.data.manifest import Manifest
 from glowflow.data.order import LRU
 from glowflow.data.windows import Part, WindowReader, WindowTable
@@ -31,8 +32,9 @@ ALGORITHM = 1  # goes into the fingerprint: raise it whenever the same arguments
 DEFAULT_WINDOW_TOKENS = 4_194_304
 _CACHE_BYTES = 32 << 20
 _MIN_PART_PAIRS = 1 << 16
+_PARTS_PER_STREAM = 2  # the one that is read, and the one that a step goes over to
 _BYTES_PER_ROW = 16  # of a decoded part, beside its tokens
-_LAYOUTS = {"packed": PackedLayout, "lanes": LanesLayout}
+_LAYOUTS: dict[str, type[PackedLayout] | type[LanesLayout]] = {"packed": PackedLayout, "lanes": LanesLayout}
 _SHARED_PLANS = 4
 _GATHERED_POSITIONS = 1 << 14  # small batches are gathered together up to this many positions
 
@@ -90,7 +92,7 @@ class Plan:
             for index, manifest in enumerate(self.manifests)
         ]
         _check_targets(arguments, self._tables)
-        self._schedule = _LAYOUTS[arguments.layout](
+        self._schedule: Layout = _LAYOUTS[arguments.layout](
             self._tables,
             self.weights,
             seed=arguments.seed,
@@ -99,7 +101,7 @@ class Plan:
             epochs=arguments.epochs,
         )
         part_pairs = _part_pairs(self._tables, self._schedule.streams, self.context, cache_bytes)
-        self._reader = WindowReader(self._tables, part_pairs, cache_bytes, self._schedule.streams)
+        self._reader = WindowReader(self._tables, part_pairs, cache_bytes, _PARTS_PER_STREAM * self._schedule.streams)
         self._lock = threading.RLock()
         self.fingerprint = _fingerprint(arguments)
 
@@ -170,7 +172,7 @@ class Plan:
         """``batch`` of consecutive steps; several small ones are gathered at once, which is cheaper."""
         stop = self.global_batch if stop is None else stop
         if steps.start < 0 or steps.step != 1 or not 0 <= start <= stop <= self.global_batch:
-            raise ValueError(f"rows [{start}, {stop}) of steps {steps} are not in a global batch of {self.global_batch}")
+            raise ValueError(f"rows [{start}, {stop}) of {steps} are not in a global batch of {self.global_batch}")
         rows = stop - start
         at_once = max(1, _GATHERED_POSITIONS // max(1, rows * self.context))
         for first in range(steps.start, steps.stop, at_once):
@@ -208,13 +210,13 @@ class Plan:
         groups: dict[tuple[int, int, int, int], list[Stretch]] = {}
         for whole in stretches:
             done = 0
-            while done < whole.count:
+            while done < whole.length:
                 first = whole.first + done
                 number = first // size
-                count = min(whole.count - done, (number + 1) * size - first)
+                count = min(whole.length - done, (number + 1) * size - first)
                 piece = whole
-                if count != whole.count:
-                    piece = whole._replace(column=whole.column + done, first=first, count=count)
+                if count != whole.length:
+                    piece = whole._replace(column=whole.column + done, first=first, length=count)
                 groups.setdefault((whole.source, whole.epoch, whole.window, number), []).append(piece)
                 done += count
         return [(self._reader.part(*key), group) for key, group in groups.items()]
@@ -328,7 +330,7 @@ def _part_pairs(tables: list[WindowTable], streams: int, context: int, cache_byt
     rows, pairs = (sum(getattr(table, name) for table in tables) for name in ("total_rows", "total_pairs"))
     itemsize = max(np.dtype(table.manifest.token_dtype).itemsize for table in tables)
     bytes_per_pair = itemsize + (itemsize + _BYTES_PER_ROW) * rows / pairs
-    share = int(cache_bytes / (streams + 1) / bytes_per_pair)
+    share = int(cache_bytes / (_PARTS_PER_STREAM * streams) / bytes_per_pair)
     return max(_MIN_PART_PAIRS, share, context) // context * context
 
 
@@ -371,7 +373,7 @@ def _check(arguments: _Arguments) -> None:
 
 def _check_targets(arguments: _Arguments, tables: list[WindowTable]) -> None:
     problems = []
-    for (manifest, _), table in zip(arguments.sources, tables):
+    for (manifest, _), table in zip(arguments.sources, tables, strict=True):
         if table.total_pairs == 0:
             rule = f"the split {arguments.split!r} has no target token: it needs a document of two tokens or more"
             problems.append(Problem(str(manifest.path), rule, hint="is the corpus, or this split of it, empty?"))

@@ -9,12 +9,18 @@ from typing import Literal
 from glowflow.config.errors import DataError, Problem
 from glowflow.config.schema import DataConfig
 from glowflow.data.build import BuildOptions, Progress, build, build_key
-from glowflow.data.datasets.catalogue import cache_root, resolve
+from glowflow.data.datasets.catalogue import CATALOGUE, cache_root, is_ready, resolve
 from glowflow.data.datasets.source import Source
-from glowflow.data.manifest import Manifest
-from glowflow.data.processors.text import Tokenizer, load_tokenizer_file, parse_request
+from glowflow.data.manifest import MANIFEST_NAME, Manifest
+from glowflow.data.processors.text import (
+    DEFAULT_BPE_VOCAB,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer_file,
+    parse_request,
+)
 
-__all__ = ["check_tokenizer", "ensure_built", "load_built"]
+__all__ = ["check_tokenizer", "ensure_built", "expected_vocabulary", "find_built", "load_built"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +44,7 @@ def ensure_built(
     Raises:
         DataError: a source can not be found or built, a shard has changed, or the tokenizers differ.
     """
-    wanted = [(one.dataset, one.weight) for one in config.sources] or [(config.dataset, 1.0)]
-    resolved = [(resolve(name, config), weight) for name, weight in wanted]
+    resolved = [(resolve(name, config), weight) for name, weight in _wanted(config)]
     tokenizer: Tokenizer | None = None
     built: list[tuple[Manifest, float]] = []
     for source, weight in resolved:
@@ -54,6 +59,61 @@ def ensure_built(
     _check_same_tokenizer([manifest for manifest, _ in built])
     _check_splits(built[0][0], config)
     return built
+
+
+def _wanted(config: DataConfig) -> list[tuple[str, float]]:
+    return [(one.dataset, one.weight) for one in config.sources] or [(config.dataset, 1.0)]
+
+
+def find_built(config: DataConfig) -> list[tuple[Manifest, float]] | None:
+    """What ``ensure_built`` would give, where everything is built already: nothing is fetched, built or written.
+
+    Returns:
+        (manifest, weight) per source, their shards checked by size; None when something has yet to be built.
+
+    Raises:
+        DataError: a path does not exist, or is neither data nor text.
+    """
+    tokenizer: Tokenizer | None = None
+    found: list[tuple[Manifest, float]] = []
+    for name, weight in _wanted(config):
+        if name in CATALOGUE and not is_ready(CATALOGUE[name], config):
+            return None
+        source = resolve(name, config)
+        out = source.built or _cache_place(source, tokenizer or config.tokenizer, config)[0]
+        if not (out / MANIFEST_NAME).is_file():
+            return None
+        manifest = load_built(out, "size")
+        if source.built is not None:
+            check_tokenizer(manifest, config.tokenizer)
+        tokenizer = tokenizer or manifest.tokenizer()
+        found.append((manifest, weight))
+    _check_same_tokenizer([manifest for manifest, _ in found])
+    _check_splits(found[0][0], config)
+    return found
+
+
+def expected_vocabulary(config: DataConfig) -> int | None:
+    """The size of the vocabulary before anything is built (for trained BPE: the size asked for), if it is known.
+
+    Raises:
+        DataError: the tokenizer is not understood, or a built data set has no valid manifest.
+    """
+    name = _wanted(config)[0][0]
+    entry = CATALOGUE.get(name)
+    built = Path(name).expanduser()
+    if entry is None and (built / MANIFEST_NAME).is_file():
+        return Manifest.load(built).tokenizer().vocab_size
+    default = entry.tokenizer if entry is not None else "bytes"
+    kind, size, path = parse_request(default if config.tokenizer == "auto" else config.tokenizer)
+    if path is not None:
+        return load_tokenizer_file(path).vocab_size
+    if kind == "bytes":
+        return ByteTokenizer.vocab_size
+    if kind == "bpe":
+        return size or DEFAULT_BPE_VOCAB
+    known = entry.vocabulary if entry is not None and entry.tokenizer == kind else None
+    return min(size, known) if size and known else size or known
 
 
 def load_built(path: Path, verify: Literal["size", "hash"]) -> Manifest:
@@ -99,15 +159,19 @@ def check_tokenizer(manifest: Manifest, request: str) -> None:
 def _build_into_cache(
     source: Source, tokenizer: Tokenizer | str, config: DataConfig, use_ray: bool, progress: Progress | None
 ) -> Manifest:
-    options = BuildOptions(on_bad_file=config.on_bad_file)
-    key = build_key(source, tokenizer, options)
-    out = cache_root(config) / "built" / f"{source.name}-{key[:16]}"
-    if (out / "manifest.json").is_file():
+    out, key = _cache_place(source, tokenizer, config)
+    if (out / MANIFEST_NAME).is_file():
         manifest = load_built(out, config.verify)
         if manifest.source.get("build_key") == key:
             logger.info("%s is built already: %s", source.name, out)
             return manifest
-    return build(source, out, tokenizer, config=config, options=options, use_ray=use_ray, progress=progress)
+    return build(source, out, tokenizer, config=config, use_ray=use_ray, progress=progress)
+
+
+def _cache_place(source: Source, tokenizer: Tokenizer | str, config: DataConfig) -> tuple[Path, str]:
+    """Where the cache keeps a source built with a tokenizer, and the key of that build."""
+    key = build_key(source, tokenizer, BuildOptions(on_bad_file=config.on_bad_file))
+    return cache_root(config) / "built" / f"{source.name}-{key[:16]}", key
 
 
 def _check_same_tokenizer(manifests: list[Manifest]) -> None:

@@ -1,7 +1,7 @@
 """Streams: the steps of a plan as torch batches for one rank, prepared ahead of the training loop.
 
 ``local_stream`` prepares them in a thread of this process. ``ray_stream`` is opened inside a Ray Train worker: a lazy
-range of items, many steps to an item, is mapped to arrays by Ray tasks that call the same ``Plan.batch``, in order.
+range of items, many steps to an item, is made into arrays by Ray tasks that call the same plan, in order.
 Rank r of W takes rows [r G / W, (r + 1) G / W) of every global batch, cut into micro-batches in that order.
 
 Shapes: G global batch, W ranks, B rows of a micro-batch, T context.
@@ -13,7 +13,8 @@ import logging
 import queue
 import threading
 import time
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +29,8 @@ __all__ = ["local_stream", "ray_stream", "to_batch"]
 
 logger = logging.getLogger(__name__)
 
-_MAP_CPUS = 0.25  # small enough that maps run beside workers that hold most of the CPUs
-_MAX_BLOCKS = 256  # tasks of one stream; a block is a run of consecutive items, so tasks follow the windows
+_TASK_CPUS = 0.25  # small enough that a task runs beside workers that hold most of the CPUs
+_MAX_TASKS = 256  # tasks of one stream, each for a run of consecutive items, so that it stays in its windows
 _BLOCK_MARGIN = 4  # blocks that Ray Data may hold in flight, beside the prefetched ones
 _MAX_ITEM_POSITIONS = 1 << 21  # positions in one item: its arrays stay in the tens of MB
 _BYTES_PER_POSITION = 16  # upper estimate for a payload: 4-byte tokens and targets, the rest narrow
@@ -107,7 +108,10 @@ def _local_steps(
     ready: queue.Queue[StepBatches | BaseException | None] = queue.Queue(maxsize=max(1, prefetch))
     closed = threading.Event()
     producer = threading.Thread(
-        target=_produce, args=(plan, share, start, stop, document_mask, ready, closed), name="glowflow-data", daemon=True
+        target=_produce,
+        args=(plan, share, start, stop, document_mask, ready, closed),
+        name="glowflow-data",
+        daemon=True,
     )
     began = time.perf_counter()
     producer.start()
@@ -146,12 +150,12 @@ def _produce(
         return False
 
     try:
-        for step, rows in zip(range(start, stop), plan.batches(range(start, stop), *share.rows)):
+        for step, rows in zip(range(start, stop), plan.batches(range(start, stop), *share.rows), strict=True):
             micro_batches = _micro_batches(share, rows, document_mask)
             if not hand_over(StepBatches(step, micro_batches, float(plan.step_weight(step)))):
                 return
         hand_over(None)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer must not wait for ever
+    except BaseException as error:  # whatever it is, the consumer must not wait for ever
         hand_over(error)
 
 
@@ -200,7 +204,7 @@ def _ray_steps(maker: ItemMaker, item_bytes: int, document_mask: bool, prefetch_
     began, expected = time.perf_counter(), 0
     try:
         for table in _ray_errors(tables):
-            for item, payload, error in zip(*(table[name] for name in ("id", "payload", "error"))):
+            for item, payload, error in zip(*(table[name] for name in ("id", "payload", "error")), strict=True):
                 if error.as_py():
                     raise DataError(error.as_py())
                 if item.as_py() != expected:
@@ -227,29 +231,25 @@ def _unpacked(payload: Any, maker: ItemMaker, item: int, document_mask: bool) ->
 
 
 def _dataset(maker: ItemMaker, item_bytes: int, prefetch_items: int) -> Any:
-    """The lazy data set of one rank: a range of items, mapped in order, one item to a block."""
+    """The lazy data set of one rank: its items in order, one to a block."""
     import ray
 
-    # The data set copies this process's context; nobody else's data sets are to change with it.
-    shared = ray.data.DataContext.get_current()
-    context = shared.copy()
+    from glowflow.data.ray_items import ItemSource
+
+    # The data set takes a copy of the current context: other data sets of this process keep theirs.
+    context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # a block is handed on as soon as it holds one item
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = _limits(maker.share.world_size, item_bytes, prefetch_items)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    for name, level in (("ray.data", logging.WARNING), ("ray.data._internal.progress", logging.ERROR)):
+        logging.getLogger(name).setLevel(level)
+    source = ItemSource(maker, item_bytes, _MAX_TASKS)
     with ray.data.DataContext.current(context):
-        # Both with one task at a time, else Ray would not fuse them and the range would ask for a whole CPU.
-        items = ray.data.range(maker.num_items, concurrency=1, override_num_blocks=min(maker.num_items, _MAX_BLOCKS))
-        return items.map_batches(
-            maker,
-            batch_size=1,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            num_cpus=_MAP_CPUS,
-            compute=ray.data.TaskPoolStrategy(size=1),
+        # One task at a time: its successor could only fill the store with what is not yet due.
+        return ray.data.read_datasource(
+            source, num_cpus=_TASK_CPUS, concurrency=1, override_num_blocks=source.num_tasks
         )
 
 

@@ -7,9 +7,10 @@ one token, so their pairs join without a seam. ``Part`` holds the tokens of a st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,9 @@ class WindowTable:
     ) -> None:
         self.manifest, self.split, self.seed, self.source = manifest, split, seed, source
         shards = manifest.split(split).shards
-        groups = [(s, g, info.rows, info.tokens) for s, shard in enumerate(shards) for g, info in enumerate(shard.row_groups)]
+        groups = [
+            (s, g, info.rows, info.tokens) for s, shard in enumerate(shards) for g, info in enumerate(shard.row_groups)
+        ]
         table = np.array(groups, dtype=np.int64).reshape(-1, 4)
         self.shard, self.row_group, rows, tokens = table.T
         self.first_group = _window_starts(tokens, window_tokens)
@@ -112,7 +115,9 @@ class Window(Part):
     """A whole decoded window."""
 
     @classmethod
-    def arrange(cls, tokens: Tokens, row_lengths: Ints, document_ids: Ints, order: Callable[[int], Ints] | None) -> Window:
+    def arrange(
+        cls, tokens: Tokens, row_lengths: Ints, document_ids: Ints, order: Callable[[int], Ints] | None
+    ) -> Window:
         """Lay out the pair stream of decoded rows.
 
         Args:
@@ -171,12 +176,12 @@ class WindowReader:
         part_pairs: pairs that are kept together for one of the streams that are read side by side; a window that is
             no longer than this is kept whole.
         cache_bytes: largest size of all parts kept.
-        streams: how many parts are in use side by side; as many are kept whatever their size.
+        keep: how many parts are in use side by side; as many are kept whatever their size.
     """
 
-    def __init__(self, tables: list[WindowTable], part_pairs: int, cache_bytes: int, streams: int) -> None:
+    def __init__(self, tables: list[WindowTable], part_pairs: int, cache_bytes: int, keep: int) -> None:
         self._tables, self._part_pairs = tables, part_pairs
-        self._parts: LRU[tuple[int, int, int, int], Part] = LRU(cache_bytes, lambda part: part.nbytes, streams)
+        self._parts: LRU[tuple[int, int, int, int], Part] = LRU(cache_bytes, lambda part: part.nbytes, keep)
         # Streams that are read side by side often want pieces of one window at the same time.
         self._latest: tuple[tuple[int, int, int], Window] | None = None
         self.windows_opened = 0

@@ -81,11 +81,12 @@ def _text_pieces(manifest: Manifest, split: str) -> Iterator[tuple[int, bytes]]:
     for shard, group in _row_groups(manifest, split):
         if tokenizer is None:
             table = read_rows(manifest, split, shard, group, ["document_id", "text"])
-            rows = zip(table["document_id"].to_pylist(), table["text"].to_pylist())
+            rows = zip(table["document_id"].to_pylist(), table["text"].to_pylist(), strict=True)
             yield from ((document, text.encode("utf-8")) for document, text in rows)
             continue
         # Beside foreign Parquet the text column has any name: the tokens say the same.
         tokens, lengths, documents = read_tokens(manifest, split, shard, group)
         ends = np.cumsum(lengths)
-        for document, start, end in zip(documents.tolist(), (ends - lengths).tolist(), ends.tolist()):
+        starts = ends - lengths
+        for document, start, end in zip(documents.tolist(), starts.tolist(), ends.tolist(), strict=True):
             yield document, tokenizer.decode(tokens[start + 1 : end]).encode("utf-8")

@@ -6,7 +6,7 @@ look-up is a binary search.
 
 Smoothing: modified Kneser-Ney (Chen & Goodman 1998, TR-10-98, section 3), h' is h without its oldest byte:
 
-    P_k(b | h) = (c_k(h b) - D(c_k(h b))) / c_k(h .) + (sum of D over h) / c_k(h .) * P_{k-1}(b | h'),   P_{-1} = 1 / 256
+    P_k(b | h) = (c_k(h b) - D(c_k(h b)) + (sum of D over h) * P_{k-1}(b | h')) / c_k(h .),   P_{-1} = 1 / 256
 
 c_N are counts; c_k below counts the different bytes in front of a gram, not its occurrences.
 """

@@ -20,7 +20,7 @@ from glowflow.config.schema import GlowFlowConfig
 from glowflow.orchestration import cluster, preflight
 from glowflow.orchestration.interrupts import Interrupts
 from glowflow.orchestration.progress import Progress, make_progress
-from glowflow.orchestration.rundir import ResumePoint, locate, lock_run, resume_config
+from glowflow.orchestration.rundir import ResumePoint, locate, lock_run, resume_config, store_sources, stored_sources
 
 if TYPE_CHECKING:
     from glowflow.core.model import GlowFlowModel
@@ -178,7 +178,7 @@ class TrainingPipeline:
                 if cluster.ray_address(config) is not None:
                     preflight.check_cluster(config)
             display.phase("preparing the data ...")
-            sources = _prepare(config, local, display)
+            sources = _prepare(config, local, display, point)
             config = self._with_vocabulary(config, sources[0][0])
             return self._train(config, point, local, display, interrupts, sources)
 
@@ -199,6 +199,7 @@ class TrainingPipeline:
         run_dir = self._new_run_dir(config) if point is None else point.run_dir
         config = apply_overrides(config, {"tracking.run": run_dir.name, "tracking.storage": str(run_dir.parent)})
         with lock_run(run_dir):
+            store_sources(run_dir, sources)
             if point is None and self._given is not None and self._given.touched:
                 self._given.save(run_dir / _INITIAL_NAME)
             initial = run_dir / _INITIAL_NAME
@@ -286,7 +287,9 @@ def _refuse_live(run_dir: Path) -> None:
         raise RunError(Problem("resume", f"the run is still running: {owner}", run_dir.name, hint))
 
 
-def _prepare(config: GlowFlowConfig, local: bool, display: Progress) -> list[tuple[Manifest, float]]:
+def _prepare(
+    config: GlowFlowConfig, local: bool, display: Progress, point: ResumePoint | None
+) -> list[tuple[Manifest, float]]:
     """Built data sets, and a plan over them, whose checks are those of the workers."""
     from glowflow.data.plan import plan
     from glowflow.data.prepare import ensure_built
@@ -294,7 +297,10 @@ def _prepare(config: GlowFlowConfig, local: bool, display: Progress) -> list[tup
     def building(done: int, total: int, tokens: int) -> None:
         display.phase(f"building the data: {done}/{total} shards, {tokens:,} tokens")
 
-    sources = ensure_built(config.data, use_ray=not local, progress=building)
+    # A run goes on with the shards that it began with, wherever the command is typed and whatever became of the texts.
+    sources = None if point is None else stored_sources(point.run_dir, config.data.verify)
+    if sources is None:
+        sources = ensure_built(config.data, use_ray=not local, progress=building)
     data, training = config.data, config.training
     plan(
         sources,

@@ -169,7 +169,9 @@ def _tracking_problems(config: GlowFlowConfig) -> list[Problem]:
     scheme = urlsplit(uri).scheme.split("+")[0]
     shown = re.sub(r"//[^@/]*@", "//***@", uri)  # it may hold a password
     if scheme in ("", "file"):
-        return [Problem(key, "MLflow no longer keeps runs in plain directories", shown, "use sqlite:////absolute/path.db")]
+        return [
+            Problem(key, "MLflow no longer keeps runs in plain directories", shown, "use sqlite:////absolute/path.db")
+        ]
     if scheme not in _TRACKING_SCHEMES:
         return [Problem(key, f"must be a URI of MLflow: {', '.join(_TRACKING_SCHEMES)}", shown)]
     if scheme == "sqlite" and not uri.startswith("sqlite:///"):

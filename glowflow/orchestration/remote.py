@@ -76,7 +76,7 @@ class _Fit(threading.Thread):
     def run(self) -> None:
         try:
             self.result = self._trainer.fit()
-        except BaseException as error:  # noqa: BLE001 - the main thread raises it
+        except BaseException as error:
             self.error = error
 
 

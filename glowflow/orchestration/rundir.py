@@ -14,17 +14,31 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from glowflow.config.errors import CheckpointError, ConfigError, Problem, RunError
 from glowflow.config.loader import apply_overrides, load_config, to_dict
 from glowflow.config.schema import GlowFlowConfig
+from glowflow.tracking.files import read_json, write_json
 from glowflow.tracking.runrecord import find_run
 
-__all__ = ["CONFIG_NAME", "ResumePoint", "fixed_key_problems", "locate", "lock_run", "resume_config"]
+if TYPE_CHECKING:
+    from glowflow.data.manifest import Manifest
+
+__all__ = [
+    "CONFIG_NAME",
+    "ResumePoint",
+    "fixed_key_problems",
+    "locate",
+    "lock_run",
+    "resume_config",
+    "store_sources",
+    "stored_sources",
+]
 
 CONFIG_NAME = "config.yaml"
 _LOCK_NAME = ".lock"
+_SOURCES_NAME = "data.json"
 
 # Keys that may change between the parts of one run: where it runs, what is written how often, how long it lasts. All
 # others decide the numbers, and a run that goes on with other ones would no longer be the run that its name says.
@@ -129,6 +143,29 @@ def fixed_key_problems(stored: Mapping[str, Any], changed: Mapping[str, Any], pr
             hint = "start a new run for another value"
             problems.append(Problem(name, f"cannot change when a run goes on, it was {old!r}", new, hint))
     return problems
+
+
+def store_sources(run_dir: Path, sources: Sequence[tuple[Manifest, float]]) -> None:
+    """Write down which shards the run reads."""
+    rows = [[str(manifest.root), manifest.fingerprint, weight] for manifest, weight in sources]
+    write_json(run_dir / _SOURCES_NAME, {"sources": rows})
+
+
+def stored_sources(run_dir: Path, verify: Literal["size", "hash"]) -> list[tuple[Manifest, float]] | None:
+    """The shards that a run began with; None where they are no longer there and must be built again.
+
+    Raises:
+        DataError: they are there but damaged.
+    """
+    from glowflow.data.manifest import MANIFEST_NAME
+    from glowflow.data.prepare import load_built
+
+    rows = (read_json(run_dir / _SOURCES_NAME) or {}).get("sources") or []
+    if not rows or not all((Path(root) / MANIFEST_NAME).is_file() for root, _, _ in rows):
+        return None
+    built = [(load_built(Path(root), verify), float(weight)) for root, _, weight in rows]
+    same = [manifest.fingerprint for manifest, _ in built] == [fingerprint for _, fingerprint, _ in rows]
+    return built if same else None
 
 
 @contextlib.contextmanager

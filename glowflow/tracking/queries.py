@@ -194,7 +194,7 @@ def compare_runs(storage: str | Path, names: Sequence[str]) -> dict[str, Any]:
     last = [curves(directory / METRICS_NAME).get("train_loss", {}) for directory in directories]
     return {
         "runs": [record.run for record in records],
-        "status": [display_status(record, path) for record, path in zip(records, directories)],
+        "status": [display_status(record, path) for record, path in zip(records, directories, strict=True)],
         "config": {key: values for key, values in _columns(configs).items() if len(set(values)) > 1},
         "metrics": _columns([record.to_dict()["final"] for record in records]),
         "best": _columns([record.to_dict()["best"] for record in records]),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from glowflow.config.errors import GlowFlowError, Problem, RunError
 from glowflow.tracking.base import Point
-from glowflow.tracking.client import connect, default_uri, redact
+from glowflow.tracking.client import connect, default_uri, flatten, redact, sqlite_path
 from glowflow.tracking.files import write_json
 from glowflow.tracking.follower import SENT_NAME
 from glowflow.tracking.request import RunRequest, clean_name, ensure_run
@@ -75,8 +75,6 @@ def sync(run_dir: str | Path, *, uri: str | None = None) -> SyncReport:
 
 def _request(run_dir: Path, record: RunRecord, uri: str | None) -> RunRequest:
     """The request the run was begun with, or one made from run.json (backend jsonl)."""
-    from glowflow.tracking.client import flatten
-
     request = RunRequest.load(run_dir)
     if request is None:
         tracking = record.config.get("tracking", {})
@@ -89,7 +87,12 @@ def _request(run_dir: Path, record: RunRecord, uri: str | None) -> RunRequest:
         )
         request.save(run_dir)
     if uri is not None and uri != request.uri:
-        request = replace(request, uri=uri, run_id=None, experiment_id=None)
+        return replace(request, uri=uri, run_id=None, experiment_id=None)
+    path = sqlite_path(request.uri)
+    if path is not None and not path.exists() and (run_dir.parent / path.name).exists():
+        # The storage was moved, its store with it: the run is known there.
+        request = replace(request, uri=f"sqlite:///{run_dir.absolute().parent / path.name}")
+        request.save(run_dir)
     return request
 
 

@@ -16,7 +16,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     right = [bool(rows) and all(isinstance(row[i], numbers) for row in rows) for i in range(len(headers))]
 
     def line(values: Sequence[str]) -> str:
-        padded = (v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right))
+        padded = (v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True))
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(headers), line(["-" * width for width in widths]), *(line(row) for row in cells)])

@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import zeros as sharded_zeros
@@ -135,17 +136,18 @@ class CheckpointStore:
             if self.rank == 0:
                 self._complete(path, step, text, metrics, on_complete)
 
+        copies = {name: self._copy(tensor) for name, tensor in tensors.items()}
         arguments: dict[str, Any] = {
             "storage_writer": dcp.FileSystemWriter(path),
             "process_group": self._group(),
             "no_dist": self.world_size == 1,
         }
         if self.asynchronous:
-            started = _quietly(dcp.async_save, tensors, **arguments)
+            started = _quietly(dcp.async_save, copies, async_stager=_AlreadyCopied(), **arguments)
             upload = started if isinstance(started, Future) else started.upload_completion
             self._in_flight = self._thread.submit(finish, upload.result)
         else:
-            self._together(lambda: finish(lambda: _quietly(dcp.save, tensors, **arguments)))
+            self._together(lambda: finish(lambda: _quietly(dcp.save, copies, **arguments)))
 
     def wait(self) -> None:
         """Wait for the checkpoint in flight, if there is one. On rank 0 its marker is then on disk. Not collective.
@@ -295,11 +297,18 @@ class CheckpointStore:
             self._mesh_of_ranks = DeviceMesh.from_group(group, "cpu")
         return self._mesh_of_ranks
 
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """The same tensor, or shard of one, in CPU memory of its own; the devices' mesh becomes one of CPUs."""
+        local = _local(tensor.detach()).to("cpu", copy=True)
+        if self.world_size == 1 or not isinstance(tensor, DTensor):
+            return local
+        return DTensor.from_local(
+            local, self._mesh(), tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+
     def _shard_lanes(self, tensor: Tensor) -> Tensor:
         """This rank's lanes as its part of all lanes, which lie in order of rank."""
-        if self.world_size == 1:
-            return tensor
-        return DTensor.from_local(tensor.cpu(), self._mesh(), [Shard(0)])
+        return tensor if self.world_size == 1 else DTensor.from_local(tensor.cpu(), self._mesh(), [Shard(0)])
 
     def _lanes(self, saved: TensorStorageMetadata) -> Tensor:
         """Room for this rank's lanes."""
@@ -309,6 +318,21 @@ class CheckpointStore:
             rule = f"must divide the {saved.size[0]} lanes of the checkpoint"
             raise CheckpointError(Problem("resources.workers", rule, self.world_size))
         return sharded_zeros(*saved.size, dtype=saved.properties.dtype, device_mesh=self._mesh(), placements=[Shard(0)])
+
+
+class _AlreadyCopied(AsyncStager):
+    """Tells DCP that what it is given belongs to it."""
+
+    _synchronize_after_execute = False
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return state_dict
+
+    def synchronize_staging(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
 
 
 def load_full_state_dict(path: Path) -> dict[str, Tensor]:

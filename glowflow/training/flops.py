@@ -31,29 +31,30 @@ class Peak:
     measured: bool = False
 
 
-# Dense bf16 tensor-core TFLOP/s without sparsity. First pattern that matches the device name wins.
+# Dense bf16 tensor-core TFLOP/s without sparsity. The first pattern that matches the device name wins.
 _PEAKS: tuple[tuple[str, float, str], ...] = (
-    (r"H100.*NVL", 835, "NVIDIA H100 data sheet (NVL)"),
-    (r"H100.*PCIe", 756, "NVIDIA H100 data sheet (PCIe)"),
-    (r"H100", 989, "NVIDIA H100 data sheet (SXM)"),
-    (r"H200.*NVL", 835, "NVIDIA H200 data sheet (NVL)"),
-    (r"H200", 989, "NVIDIA H200 data sheet (SXM)"),
-    (r"H20\b", 148, "NVIDIA H20 data sheet"),
-    (r"GB200", 2500, "NVIDIA GB200 data sheet"),
-    (r"B200", 2250, "NVIDIA B200 data sheet (HGX)"),
-    (r"A100", 312, "NVIDIA A100 data sheet"),
-    (r"A800", 312, "NVIDIA A800 data sheet"),
-    (r"A10G", 70, "NVIDIA A10G data sheet"),
-    (r"A10\b", 125, "NVIDIA A10 data sheet"),
-    (r"A40\b", 149.7, "NVIDIA A40 data sheet"),
-    (r"RTX A6000", 154.8, "NVIDIA RTX A6000 data sheet"),
-    (r"L40S", 362, "NVIDIA L40S data sheet"),
-    (r"L40\b", 181, "NVIDIA L40 data sheet"),
-    (r"L4\b", 121, "NVIDIA L4 data sheet"),
-    (r"RTX 4090", 165.2, "NVIDIA Ada architecture white paper"),
-    (r"RTX 3090", 71, "NVIDIA Ampere GA102 white paper"),
-    (r"MI300X", 1307, "AMD Instinct MI300X data sheet"),
-    (r"MI250X", 383, "AMD Instinct MI250X data sheet"),
+    (r"\bH100 NVL\b", 835, "NVIDIA H100 data sheet, NVL"),
+    (r"\bH100 PCIe\b", 756, "NVIDIA H100 data sheet, PCIe"),
+    (r"\bH100\b", 989, "NVIDIA H100 data sheet, SXM"),
+    (r"\bH200 NVL\b", 835, "NVIDIA H200 data sheet, NVL"),
+    (r"\bH200\b", 989, "NVIDIA H200 data sheet, SXM"),
+    (r"\bGH200\b", 989, "NVIDIA GH200 data sheet"),
+    (r"\bH20\b", 148, "NVIDIA H20 data sheet"),
+    (r"\bGB200\b", 2500, "NVIDIA GB200 data sheet"),
+    (r"\bB200\b", 2250, "NVIDIA B200 data sheet, HGX"),
+    (r"\bA100\b", 312, "NVIDIA A100 data sheet"),
+    (r"\bA800\b", 312, "NVIDIA A800 data sheet"),
+    (r"\bA10G\b", 70, "NVIDIA A10G data sheet"),
+    (r"\bA10\b", 125, "NVIDIA A10 data sheet"),
+    (r"\bA40\b", 149.7, "NVIDIA A40 data sheet"),
+    (r"\bRTX A6000\b", 154.8, "NVIDIA RTX A6000 data sheet"),
+    (r"\bL40S\b", 362, "NVIDIA L40S data sheet"),
+    (r"\bL40\b", 181, "NVIDIA L40 data sheet"),
+    (r"\bL4\b", 121, "NVIDIA L4 data sheet"),
+    (r"\bRTX 4090\b", 165.2, "NVIDIA Ada white paper"),
+    (r"\bRTX 3090\b", 71, "NVIDIA Ampere GA102 white paper"),
+    (r"\bMI300X\b", 1307, "AMD Instinct MI300X data sheet"),
+    (r"\bMI250X\b", 383, "AMD Instinct MI250X data sheet"),
 )
 
 

@@ -99,6 +99,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_info(path: Path) -> CheckpointInfo | None:
     """What the marker of a checkpoint directory says; None when there is no readable marker."""
+    if not (path / MARKER).is_file():
+        return None  # before any message is made: that one lists the neighbours, which asks here again
     try:
         return _info(path, _read_marker(path))
     except CheckpointError:

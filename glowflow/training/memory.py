@@ -9,8 +9,9 @@ buffers, the runtime itself) is one labelled line, ``reserve``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,9 @@ def _optimizer_bytes(module: BaseArchitecture, config: GlowFlowConfig) -> float:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return _num_bytes([value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)])
+    return _num_bytes(
+        [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    )
 
 
 def _gathered_bytes(module: BaseArchitecture, precision: str) -> float:
@@ -218,8 +221,9 @@ def _activation_bytes(module: BaseArchitecture, config: GlowFlowConfig, size: in
 
 
 def _fake_batch(size: int, context: int, *, single: bool) -> Batch:
-    integers: Mapping[str, Tensor] = {
-        name: torch.zeros(size, context, dtype=torch.int64) for name in ("tokens", "targets", "positions", "document_ids")
+    integers: dict[str, Any] = {
+        name: torch.zeros(size, context, dtype=torch.int64)
+        for name in ("tokens", "targets", "positions", "document_ids")
     }
     return Batch(
         **integers,

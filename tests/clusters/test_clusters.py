@@ -55,7 +55,8 @@ def _fake_slurm(folder: Path) -> dict[str, str]:
         "scontrol": "echo node-a; echo node-b",
         "srun": 'while [ "${1#-}" != "$1" ]; do [ "$1" = -w ] && shift; shift; done\n'
         'if [ "$1" = hostname ]; then echo 10.0.0.5; else exec "$@"; fi',
-        "ray": 'printf "%s\\n" "$@" > "$FAKE_OUT"; test "$RAY_AUTH_MODE" = token && test ${#RAY_AUTH_TOKEN} = 64 || exit 9\n'
+        "ray": 'printf "%s\\n" "$@" > "$FAKE_OUT"\n'
+        'test "$RAY_AUTH_MODE" = token && test ${#RAY_AUTH_TOKEN} = 64 || exit 9\n'
         'exit "${FAKE_EXIT:-0}"',
     }
     for name, body in scripts.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,7 @@ Documents = Sequence[Sequence[int] | np.ndarray]
 def numbered_documents(lengths: Sequence[int], first: int = 1) -> list[np.ndarray]:
     """Documents of the given lengths in which every token of the corpus is a number of its own."""
     edges = first + np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return [np.arange(a, b) for a, b in zip(edges[:-1], edges[1:])]
+    return [np.arange(a, b) for a, b in pairwise(edges)]
 
 
 def expected_targets(documents: Documents) -> list[int]:
@@ -42,7 +44,9 @@ def write_dataset(
     root.mkdir(parents=True, exist_ok=True)
     built = {}
     for split, documents in splits.items():
-        rows = [piece for number, document in enumerate(documents) for piece in _pieces(number, document, max_row_tokens)]
+        rows = [
+            piece for number, document in enumerate(documents) for piece in _pieces(number, document, max_row_tokens)
+        ]
         groups = [rows[i : i + rows_per_group] for i in range(0, len(rows), rows_per_group)]
         shards = [
             _write_shard(root, f"{split}-{i:05d}.parquet", groups[first : first + groups_per_shard], token_dtype)

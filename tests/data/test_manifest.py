@@ -15,7 +15,9 @@ from tests.data.synthetic import numbered_documents, write_dataset
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
-    return write_dataset(tmp_path / "set", {"train": numbered_documents([5, 1, 9, 30]), "test": numbered_documents([4])})
+    return write_dataset(
+        tmp_path / "set", {"train": numbered_documents([5, 1, 9, 30]), "test": numbered_documents([4])}
+    )
 
 
 def rewrite(manifest: Manifest, change) -> None:
@@ -114,6 +116,8 @@ def test_counts_that_do_not_add_up_are_reported_together(manifest: Manifest) -> 
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
+)
 def test_narrowest_dtype(size: int, dtype: str) -> None:
     assert narrowest_dtype(size) == dtype

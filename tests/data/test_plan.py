@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glowflow.config.errors import DataError
+from glowflow.data import plan as plan_module
 from glowflow.data.manifest import Manifest
 from glowflow.data.mixture import Mixture, lane_sources
 from glowflow.data.order import LRU, permutation
 from glowflow.data.plan import Plan, eval_plan, plan, plan_from_spec, shared_plan
 from tests.data.synthetic import numbered_documents, write_dataset
 
-BASE = dict(seed=3, context=8, global_batch=4, window_tokens=64)
+BASE = {"seed": 3, "context": 8, "global_batch": 4, "window_tokens": 64}
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,23 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert made.windows_opened >= 20, "the whole corpus of 6 MB was read"
     assert peak < 5 << 20
+
+
+def test_lanes_side_by_side_do_not_push_each_other_out_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "_MIN_PART_PAIRS", 512)
+    lanes, total = 8, 300 * 199
+    documents = numbered_documents([200] * 300)
+    built = write_dataset(tmp_path, {"train": documents}, rows_per_group=10)
+    arguments = {"seed": 0, "context": 16, "global_batch": lanes, "layout": "lanes", "window_tokens": 4000}
+    made = Plan(plan([(built, 1.0)], **arguments)._arguments, cache_bytes=1)
+    steps = made.sequences_per_epoch // lanes
+    for step in range(steps):
+        made.batch(step)
+    assert made._reader.part_pairs == 512
+    parts = total / 512 + made.num_windows  # a window's last part is shorter
+    assert made.num_windows <= made.windows_opened <= parts + lanes
 
 
 @pytest.mark.parametrize("layout", ["packed", "lanes"])

@@ -112,7 +112,7 @@ def test_an_error_of_the_producer_reaches_the_consumer(tmp_path: Path) -> None:
     lost = write_dataset(tmp_path, {"train": numbered_documents([50, 60])})
     made = make(lost)
     lost.shard_path(lost.split("train").shards[0]).unlink()
-    with pytest.raises(DataError, match="train-00000.parquet"):
+    with pytest.raises(DataError, match=r"train-00000\.parquet"):
         next(local_stream(made, 0, 5))
     assert data_threads() == 0
 
@@ -170,7 +170,7 @@ def test_the_thread_does_not_run_ahead_of_its_limit(manifest: Manifest, monkeypa
 
 
 def test_items_of_a_ray_stream_carry_the_same_batches(manifest: Manifest) -> None:
-    """The map of ``ray_stream`` in this process: no cluster needed to prove that its payload loses nothing."""
+    """The task of ``ray_stream`` in this process: no cluster needed to prove that its payload loses nothing."""
     made = make(manifest)
     share = RankShare(12, 1, 2, 3)
     maker = ItemMaker(made.spec(), share, 4, 15, 4)
@@ -183,13 +183,11 @@ def test_items_of_a_ray_stream_carry_the_same_batches(manifest: Manifest) -> Non
             assert all(torch.equal(value, tensors(b)[name]) for name, value in tensors(a).items())
 
 
-def test_the_map_reports_an_error_as_data(tmp_path: Path) -> None:
-    import pyarrow as pa
-
+def test_an_item_reports_an_error_as_data(tmp_path: Path) -> None:
     lost = write_dataset(tmp_path, {"train": numbered_documents([50, 60])})
     maker = ItemMaker(make(lost).spec(), RankShare(12, 0, 1, 1), 0, 10, 4)
     lost.shard_path(lost.split("train").shards[0]).unlink()
-    table = maker(pa.table({"id": [2]}))
+    table = maker.table(2)
     assert table["id"].to_pylist() == [2]
     assert table["payload"].to_pylist() == [b""]
     assert "train-00000.parquet" in table["error"].to_pylist()[0]

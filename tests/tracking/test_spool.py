@@ -29,7 +29,7 @@ def test_values_round_trip_bit_for_bit(tmp_path_factory, values: list[float]) ->
     Spool(path).append([Point("loss", step, value, 7) for step, value in enumerate(values)])
     read = [point.value for point in read_points(path)]
     assert len(read) == len(values)
-    assert all((math.isnan(a) and math.isnan(b)) or same(a, b) for a, b in zip(read, values))
+    assert all((math.isnan(a) and math.isnan(b)) or same(a, b) for a, b in zip(read, values, strict=True))
 
 
 def test_numpy_float32_is_kept_exactly(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_numpy_float32_is_kept_exactly(tmp_path: Path) -> None:
 def test_first_value_and_timestamp_win_in_one_process_and_after_a_restart(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "m")
     first = [Point("loss", 1, 3.0, 100), Point("loss", 2, 2.0, 200)]
-    assert spool.append(first + [Point("loss", 1, 9.0, 150)]) == first
+    assert spool.append([*first, Point("loss", 1, 9.0, 150)]) == first
     spool.close()
     again = Spool(tmp_path / "m")
     new = Point("loss", 3, 1.0, 900)
@@ -159,5 +159,6 @@ def test_checkpoint_log_keeps_each_step_once(tmp_path: Path) -> None:
     assert not CheckpointLog(tmp_path / "c").append(10, "/x/step-10", {}, None)
     assert CheckpointLog(tmp_path / "c").append(20, "/x/step-20", {"val_loss": 1.5}, None)
     events = read_checkpoints(tmp_path / "c")
-    assert [(event.step, event.path, event.sha256) for event in events] == [(10, "/x/step-10", "ab"), (20, "/x/step-20", None)]
+    kept = [(event.step, event.path, event.sha256) for event in events]
+    assert kept == [(10, "/x/step-10", "ab"), (20, "/x/step-20", None)]
     assert math.isnan(events[0].metrics["val_loss"]) and events[1].metrics == {"val_loss": 1.5}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ import torch.multiprocessing as mp
 __all__ = ["WorkerError", "free_port", "run_workers"]
 
 TIMEOUT_SECONDS = 60.0
+START_SECONDS = 180.0  # importing torch on a busy machine is not what is tested
+GRACE_SECONDS = 2.0
 
 
 class WorkerError(AssertionError):
@@ -38,7 +41,7 @@ def run_workers(
 
     Args:
         world_size: number of processes; the function and its arguments must be picklable (module level).
-        timeout: seconds after which every worker is killed.
+        timeout: seconds after which every worker is killed, counted from when all have started.
 
     Returns:
         What each rank returned, in order of rank.
@@ -46,7 +49,8 @@ def run_workers(
     Raises:
         WorkerError: with every worker's traceback.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")  # as clean as spawn, but torch is imported once for all tests
+    context.set_forkserver_preload(["glowflow.training.checkpoint", "glowflow.core.architectures.transformer"])
     port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
@@ -57,7 +61,9 @@ def run_workers(
         process.start()
         sender.close()  # ours; the worker's own end stays open, so its death reads as end of file
     try:
-        outcomes = _collect([receiver for receiver, _ in pipes], processes, time.monotonic() + timeout)
+        receivers = [receiver for receiver, _ in pipes]
+        _collect(receivers, processes, START_SECONDS)
+        outcomes = _collect(receivers, processes, timeout)
     finally:
         for process in processes:
             process.kill()
@@ -65,25 +71,29 @@ def run_workers(
     failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
     if failures:
         raise WorkerError("\n".join(failures))
-    return [value for _, value in outcomes]
+    return [torch.load(io.BytesIO(value), weights_only=False) for _, value in outcomes]
 
 
-def _collect(receivers: list[Connection], processes: list[Any], deadline: float) -> list[tuple[bool, Any]]:
-    outcomes: list[tuple[bool, Any]] = []
-    for receiver, process in zip(receivers, processes, strict=True):
-        try:
-            if receiver.poll(max(0.0, deadline - time.monotonic())):
-                outcomes.append(receiver.recv())
-                process.join(max(0.1, deadline - time.monotonic()))
-            else:
-                outcomes.append((False, "did not end in time"))
-        except EOFError:
-            process.join(1)
-            outcomes.append((False, f"died with exit code {process.exitcode}"))
-        # A rank that failed leaves the others waiting for it: do not wait with them.
-        if not outcomes[-1][0]:
-            deadline = min(deadline, time.monotonic() + 5)
-    return outcomes
+def _collect(receivers: list[Connection], processes: list[Any], seconds: float) -> list[tuple[bool, Any]]:
+    """The next message (worked, result or text) of each rank, in order of rank, taken as they come."""
+    deadline = time.monotonic() + seconds
+    outcomes: dict[int, tuple[bool, Any]] = {}
+    while len(outcomes) < len(receivers):
+        waiting = {receiver: rank for rank, receiver in enumerate(receivers) if rank not in outcomes}
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return [outcomes.get(rank, (False, "did not end in time")) for rank in range(len(receivers))]
+        for receiver in ready:
+            rank = waiting[receiver]  # type: ignore[index]
+            try:
+                outcomes[rank] = receiver.recv()  # type: ignore[union-attr]
+            except EOFError:
+                processes[rank].join(1)
+                outcomes[rank] = (False, f"died with exit code {processes[rank].exitcode}")
+            if not outcomes[rank][0]:
+                # The others may be waiting for the one that failed: do not wait with them.
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+    return [outcomes[rank] for rank in range(len(receivers))]
 
 
 def _worker(
@@ -97,11 +107,14 @@ def _worker(
             init_method=f"tcp://127.0.0.1:{port}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=TIMEOUT_SECONDS),
+            timeout=timedelta(seconds=START_SECONDS),
         )
+        sender.send((True, None))
         value = function(*args)
         dist.barrier()  # nobody leaves while another still needs the group
         dist.destroy_process_group()
-        sender.send((True, value))
+        packed = io.BytesIO()
+        torch.save(value, packed)  # plain bytes: shared-memory handles would die with this process
+        sender.send((True, packed.getvalue()))
     except BaseException:
         sender.send((False, traceback.format_exc()))

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from glowflow.config.loader import load_config
+from glowflow.config.loader import apply_overrides, load_config
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.core.batch import Batch, StepBatches
-from glowflow.training.callbacks import BestTracker, Callback, Goodput, PointSink, SampleLog, Throughput
+from glowflow.training.callbacks import BestTracker, Callback, Goodput, SampleLog, Throughput
 from glowflow.training.loop import LoopInputs, LoopResult, TrainLoop
 from glowflow.training.strategies import make_strategy
 
@@ -21,16 +21,13 @@ VOCAB = 31
 def small_config(**overrides: Any) -> GlowFlowConfig:
     """2 blocks x 16, context 12, global batch 8; ``training__lr=1`` sets training.lr."""
     values = {
-        "model.arch": "transformer", "model.vocab_size": VOCAB, "model.dim": 16, "model.depth": 2, "model.heads": 2,
+        "model.vocab_size": VOCAB, "model.dim": 16, "model.depth": 2, "model.heads": 2,
         "data.context": 12, "training.batch_size": 8, "training.max_steps": 60, "training.warmup_steps": 5,
         "training.lr": 3e-3, "training.log_interval": 10, "training.checkpoint_interval": 20,
         "training.val_interval": 30, "training.seed": 7, "training.threads": 1,
     }  # fmt: skip
     values |= {key.replace("__", "."): value for key, value in overrides.items()}
-    config = load_config({"model": {"arch": values.pop("model.arch")}})
-    from glowflow.config.loader import apply_overrides
-
-    return apply_overrides(config, values)
+    return apply_overrides(load_config(None), values)
 
 
 def make_rows(step: int, config: GlowFlowConfig, *, padding: bool = True) -> Batch:
@@ -39,7 +36,9 @@ def make_rows(step: int, config: GlowFlowConfig, *, padding: bool = True) -> Bat
     generator = torch.Generator().manual_seed(1000 + step)
     first = torch.randint(0, VOCAB, (size, 1), generator=generator)
     tokens = (first + 3 * torch.arange(context + 1)) % VOCAB
-    lengths = torch.randint(1, context + 1, (size, 1), generator=generator) if padding else torch.full((size, 1), context)
+    lengths = (
+        torch.randint(1, context + 1, (size, 1), generator=generator) if padding else torch.full((size, 1), context)
+    )
     positions = torch.arange(context).expand(size, context).contiguous()
     return Batch(
         tokens=tokens[:, :-1].contiguous(),
@@ -59,7 +58,12 @@ def slice_rows(batch: Batch, start: int, stop: int) -> Batch:
 
 
 def stream(
-    config: GlowFlowConfig, start: int, stop: int, rank: int = 0, world_size: int = 1, poison: frozenset[int] = frozenset()
+    config: GlowFlowConfig,
+    start: int,
+    stop: int,
+    rank: int = 0,
+    world_size: int = 1,
+    poison: frozenset[int] = frozenset(),
 ) -> Iterator[StepBatches]:
     """This rank's micro-batches; the loss of a poisoned step is infinite on the last rank."""
     share = config.training.batch_size // world_size
@@ -120,6 +124,7 @@ def make_loop(
     fingerprint: str = "plan-1",
 ) -> tuple[TrainLoop, Recorder]:
     strategy = make_strategy(config.training.strategy, device=torch.device("cpu"), precision=config.training.precision)
+    run_dir.mkdir(parents=True, exist_ok=True)
     stopper, recorder = StopAt(stop_at), Recorder()
     rank, world = strategy.rank, strategy.world_size
 
@@ -135,7 +140,12 @@ def make_loop(
         tokenizer_spec={"kind": "bytes"},
         stop_requested=lambda: stopper.stopped,
     )
-    built_in = [Throughput(), Goodput(run_dir, rank=rank), BestTracker(config.training), SampleLog(run_dir, rank, world)]
+    built_in = [
+        Throughput(),
+        Goodput(run_dir, rank=rank),
+        BestTracker(config.training),
+        SampleLog(run_dir, rank, world),
+    ]
     loop = TrainLoop(
         config, run_dir=run_dir, strategy=strategy, inputs=inputs, callbacks=[*built_in, stopper, *callbacks, recorder]
     )
@@ -145,7 +155,6 @@ def make_loop(
 def train(
     config: GlowFlowConfig, run_dir: Path, resume: Path | None = None, **options: Any
 ) -> tuple[LoopResult, Recorder, TrainLoop]:
-    run_dir.mkdir(parents=True, exist_ok=True)
     loop, recorder = make_loop(config, run_dir, **options)
     return loop.run(resume), recorder, loop
 
@@ -159,4 +168,4 @@ def optimizer_state(loop: TrainLoop) -> list[torch.Tensor]:
     return [states[key][name] for key in sorted(states) for name in sorted(states[key])]
 
 
-__all__ = ["PointSink", "make_loop", "make_rows", "optimizer_state", "small_config", "stream", "train", "weights"]
+__all__ = ["make_loop", "make_rows", "optimizer_state", "small_config", "stream", "train", "weights"]

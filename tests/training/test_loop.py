@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from tests.training.small_run import make_loop, make_rows, optimizer_state, small_config, stream, train, weights
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glowflow.config.errors import CheckpointError, RunError
@@ -17,6 +17,7 @@ from glowflow.training.callbacks import Exporter, SampleLog, read_samples
 from glowflow.training.checkpoint import list_checkpoints, read_extra
 from glowflow.training.markers import checkpoint_path
 from glowflow.training.precision import LossScaler
+from tests.training.small_run import make_loop, make_rows, optimizer_state, small_config, stream, train, weights
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +26,8 @@ def one_thread() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    if dist.is_initialized():  # the group of one that fsdp starts
+        dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -53,7 +56,9 @@ class TestAccumulation:
         short = {"training__max_steps": 6, "training__schedule": "constant"}
         _, one, loop_one = train(small_config(**short), tmp_path / "1", validate=False)
         _, four, loop_four = train(small_config(**short, training__micro_batch_size=2), tmp_path / "4", validate=False)
-        assert list(four.curve["train_loss"].values()) == pytest.approx(list(one.curve["train_loss"].values()), rel=1e-5)
+        assert list(four.curve["train_loss"].values()) == pytest.approx(
+            list(one.curve["train_loss"].values()), rel=1e-5
+        )
         for a, b in zip(weights(loop_one).values(), weights(loop_four).values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
@@ -64,7 +69,10 @@ class TestAccumulation:
         batch = make_rows(0, config)
         with torch.no_grad():
             scores = loop.module.logits(loop.module(batch)[0].hidden)  # type: ignore[operator]
-        nll = torch.nn.functional.cross_entropy(scores.transpose(1, 2), batch.targets, reduction="none") * batch.loss_weights
+        nll = (
+            torch.nn.functional.cross_entropy(scores.transpose(1, 2), batch.targets, reduction="none")
+            * batch.loss_weights
+        )
         mean_of_means = torch.stack(
             [part.sum() / weight.sum() for part, weight in zip(nll.split(2), batch.loss_weights.split(2), strict=True)]
         ).mean()
@@ -159,10 +167,10 @@ class TestSeeds:
 
 
 class TestNonFinite:
-    constant = {"training__schedule": "constant", "training__warmup_steps": 0}
+    constant: ClassVar[dict[str, Any]] = {"training__schedule": "constant", "training__warmup_steps": 0}
 
     def test_a_poisoned_step_changes_nothing(self, tmp_path: Path) -> None:
-        _, good, loop_good = train(small_config(training__max_steps=2, **self.constant), tmp_path / "good")
+        _, _, loop_good = train(small_config(training__max_steps=2, **self.constant), tmp_path / "good")
         result, bad, loop_bad = train(
             small_config(training__max_steps=3, **self.constant), tmp_path / "bad", poison=frozenset({2})
         )
@@ -202,7 +210,13 @@ class TestNonFinite:
 class FailOnSync(TorchDispatchMode):
     """Raises where an operation needs a number on the host."""
 
-    forbidden = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::item", "aten::equal", "aten::nonzero"}
+    forbidden: ClassVar[set[str]] = {
+        "aten::_local_scalar_dense",
+        "aten::is_nonzero",
+        "aten::item",
+        "aten::equal",
+        "aten::nonzero",
+    }
 
     def __init__(self) -> None:
         super().__init__()

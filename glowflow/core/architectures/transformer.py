@@ -73,7 +73,7 @@ class Transformer(BaseArchitecture):
         self.blocks = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.depth))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = OutputHead(config.dim, self.vocab_size, self.embedding if config.tie_embeddings else None)
-        self.rotary = Rotary(config.head_dim, config.rope_theta)
+        self.rotary = Rotary(config.head_dim, config.rope_theta, config.heads + config.num_kv_heads)
 
     def forward(self, batch: Batch, carry: Carry = None, *, compute_loss: bool = True) -> tuple[ModelOutput, Carry]:
         mask = None if batch.single_document else document_mask(batch.document_ids)

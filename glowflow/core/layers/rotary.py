@@ -23,18 +23,21 @@ class RotaryTables:
 
     cos: Tensor  # (T, D/2)
     sin: Tensor  # (T, D/2)
-    turn: Tensor  # (T, 1, D/2) complex, cos + i sin
+    turn: Tensor  # (T, N, D/2) complex, cos + i sin, for every head or (N = 1) for all
+    turn_back: Tensor  # (T, N, D/2) complex, cos - i sin
 
     def slice(self, start: int, stop: int) -> RotaryTables:
-        return RotaryTables(self.cos[start:stop], self.sin[start:stop], self.turn[start:stop])
+        part = slice(start, stop)
+        return RotaryTables(self.cos[part], self.sin[part], self.turn[part], self.turn_back[part])
 
 
 class Rotary:
     """Makes and keeps the tables, per device and precision; no parameters and no buffers, so nothing to restore."""
 
-    def __init__(self, head_dim: int, theta: float) -> None:
+    def __init__(self, head_dim: int, theta: float, num_heads: int = 1) -> None:
         self.head_dim = head_dim
         self.theta = theta
+        self.num_heads = num_heads  # queries and keys together
         self._tables: dict[tuple[torch.device, torch.dtype], RotaryTables] = {}
 
     def tables(self, length: int, device: torch.device, dtype: torch.dtype) -> RotaryTables:
@@ -50,10 +53,13 @@ class Rotary:
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
         angles = torch.outer(torch.arange(length, dtype=torch.float64), self.theta**-exponents)
         cos, sin = angles.cos().to(device, real), angles.sin().to(device, real)
-        return RotaryTables(cos, sin, torch.complex(cos, sin).unsqueeze(1))
+        # A broadcast dimension in the middle costs the CPU its long inner loops, other devices nothing.
+        repeats = self.num_heads if device.type == "cpu" else 1
+        turn = torch.complex(cos, sin).unsqueeze(1).expand(-1, repeats, -1).contiguous()
+        return RotaryTables(cos, sin, turn, turn.conj().resolve_conj())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rotary:
-        return Rotary(self.head_dim, self.theta)
+        return Rotary(self.head_dim, self.theta, self.num_heads)
 
 
 def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
@@ -74,7 +80,7 @@ def split_rotate(qkv: Tensor, heads: int, kv_heads: int, tables: RotaryTables) -
         q, k, v = _by_head(qkv, heads + 2 * kv_heads).split((heads, kv_heads, kv_heads), dim=2)
         q, k = rotate(q, tables), rotate(k, tables)
     else:
-        q, k, v = _SplitRotate.apply(qkv, heads, kv_heads, tables.turn)
+        q, k, v = _SplitRotate.apply(qkv, heads, kv_heads, tables.turn, tables.turn_back)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -94,21 +100,24 @@ class _SplitRotate(torch.autograd.Function):
     """One pass over queries and keys forward; backward writes all three gradients into one buffer."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int, kv_heads: int, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, qkv: Tensor, heads: int, kv_heads: int, turn: Tensor, turn_back: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         heads_btnd = _by_head(qkv, heads + 2 * kv_heads)
         turned = torch.view_as_real(_as_complex(heads_btnd[:, :, : heads + kv_heads]) * turn).flatten(-2)
-        ctx.heads, ctx.kv_heads, ctx.turn = heads, kv_heads, turn
+        ctx.heads, ctx.kv_heads, ctx.turn_back = heads, kv_heads, turn_back
         return turned[:, :, :heads], turned[:, :, heads:], heads_btnd[:, :, heads + kv_heads :]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         grad_q, grad_k, grad_v = grads
         heads, kv_heads = ctx.heads, ctx.kv_heads
         batch, length, _, width = grad_q.shape
         grad = grad_q.new_empty(batch, length, heads + 2 * kv_heads, width)
-        turn_back = ctx.turn.conj().resolve_conj()
-        for part, start in ((grad_q, 0), (grad_k, heads)):
-            out = _as_complex(grad[:, :, start : start + part.shape[2]])
-            torch.mul(_as_complex(part.contiguous() if part.stride(-1) != 1 else part), turn_back, out=out)
+        for part, start, stop in ((grad_q, 0, heads), (grad_k, heads, heads + kv_heads)):
+            part = part if part.stride(-1) == 1 else part.contiguous()
+            turn_back = ctx.turn_back[:, start:stop] if ctx.turn_back.shape[1] > 1 else ctx.turn_back
+            torch.mul(_as_complex(part), turn_back, out=_as_complex(grad[:, :, start:stop]))
         grad[:, :, heads + kv_heads :] = grad_v
-        return grad.flatten(-2), None, None, None
+        return grad.flatten(-2), None, None, None, None

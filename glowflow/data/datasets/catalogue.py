@@ -24,7 +24,7 @@ from glowflow.data.datasets.scan import OUR_INDEX, keep_good, scan_files
 from glowflow.data.datasets.source import Extent, FileFacts, Skipped, Source, source_digest
 from glowflow.data.datasets.wikitext import article_starts
 
-__all__ = ["CATALOGUE", "Entry", "availability", "cache_root", "resolve", "resolve_parquet"]
+__all__ = ["CATALOGUE", "Entry", "availability", "cache_root", "is_ready", "resolve", "resolve_parquet"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class Entry:
         folders: paths on Hugging Face that may hold its Parquet files.
         lines: the Parquet rows are lines of the original files.
         layout: turns the scanned files (by split) into extents.
+        vocabulary: the known size of the default tokenizer's vocabulary.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Entry:
     folders: tuple[str, ...]
     lines: bool
     layout: Callable[[dict[str, FileFacts]], dict[str, list[Extent]]] | None = None
+    vocabulary: int | None = None
 
 
 def cache_root(config: DataConfig) -> Path:
@@ -252,6 +254,12 @@ def _nowhere(entry: Entry, config: DataConfig, reason: str) -> Problem:
     return Problem("data.dataset", "is not on this machine and cannot be fetched", entry.name, hint)
 
 
+def is_ready(entry: Entry, config: DataConfig) -> bool:
+    """Whether the text files are on this machine: resolving it then fetches and writes nothing."""
+    places = [*(place for _, place in _places(entry, config)), cache_root(config) / "downloads" / entry.name / "text"]
+    return not entry.files or any(len(_present(entry, place)) == len(entry.files) for place in places)
+
+
 def availability(entry: Entry, config: DataConfig) -> dict[str, Any]:
     """Where a catalogue entry would come from, without touching the network."""
     if not entry.files:
@@ -281,7 +289,7 @@ def _shakespeare_layout(files: dict[str, FileFacts]) -> dict[str, list[Extent]]:
     return contiguous(files["train"])
 
 
-def _wikitext(name: str, size: str) -> Entry:
+def _wikitext(name: str, size: str, vocabulary: int) -> Entry:
     return Entry(
         name=name,
         description=f"Wikipedia articles, word level with <unk>, {size} training tokens (arXiv:1609.07843)",
@@ -295,6 +303,7 @@ def _wikitext(name: str, size: str) -> Entry:
         folders=(f"datasets/Salesforce/wikitext/{name}-v1",),
         lines=True,
         layout=_wikitext_layout,
+        vocabulary=vocabulary,
     )
 
 
@@ -323,8 +332,9 @@ _ENTRIES = (
         ),
         lines=False,
         layout=_shakespeare_layout,
+        vocabulary=65 + 2,
     ),
-    _wikitext("wikitext-2", "2.1 million"),
-    _wikitext("wikitext-103", "103 million"),
+    _wikitext("wikitext-2", "2.1 million", 33_278),
+    _wikitext("wikitext-103", "103 million", 267_735),
 )
 CATALOGUE: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}

@@ -53,24 +53,28 @@ def fetch_text_files(folders: Sequence[str], target: Path, *, files: dict[str, s
         HubUnavailable: it can not be reached, or has none of the folders.
     """
     _check_reachable()
-    try:
-        import fsspec
-
-        for folder in folders:
-            url = location(folder)
-            filesystem, root = fsspec.core.url_to_fs(url)
-            found = _remote_files(filesystem, root)
-            if found:
-                logger.info("reading %s", url)
-                write_text_files(found, target, files=files, lines=lines, filesystem=filesystem)
+    reasons = []
+    for folder in folders:
+        url = location(folder)
+        try:
+            if _fetch(url, target, files, lines):
                 return url
-    except HubUnavailable:
-        raise
-    except Exception as error:  # fsspec backends raise errors of every kind
-        raise HubUnavailable(
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        ) from error
-    raise HubUnavailable("none of these folders holds train Parquet files: " + ", ".join(map(location, folders)))
+            reasons.append(f"{url} holds no train Parquet files")
+        except Exception as error:  # fsspec backends raise errors of every kind
+            first_line = (str(error).splitlines() or ["no message"])[0]
+            reasons.append(f"{url}: {type(error).__name__}: {first_line}")
+    raise HubUnavailable("; ".join(reasons))
+
+
+def _fetch(url: str, target: Path, files: dict[str, str], lines: bool) -> bool:
+    import fsspec
+
+    filesystem, root = fsspec.core.url_to_fs(url)
+    found = _remote_files(filesystem, root)
+    if found:
+        logger.info("reading %s", url)
+        write_text_files(found, target, files=files, lines=lines, filesystem=filesystem)
+    return bool(found)
 
 
 def _remote_files(filesystem: Any, root: str) -> dict[str, list[str]]:

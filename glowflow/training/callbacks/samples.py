@@ -20,24 +20,30 @@ class SampleLog(Callback):
     """Appends to this rank's file and flushes each step, so that a killed process loses nothing."""
 
     def __init__(self, run_dir: Path, rank: int, world_size: int) -> None:
-        folder = run_dir / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"rank-{rank}.jsonl"
+        self.path = run_dir / "samples" / f"rank-{rank}.jsonl"
         self.world_size = world_size
-        torn = _ends_torn(self.path)
-        self._file: IO[str] = self.path.open("a", encoding="utf-8")
-        if torn:
-            self._file.write("\n")
+        self._file: IO[str] | None = None
 
     def on_step_end(self, batches: StepBatches) -> None:
         # The stream hands out host tensors: this reads no device.
         ids = [sample for batch in batches.micro_batches for sample in batch.sample_ids.tolist()]
         line = {"step": batches.step, "ids": ids, "world_size": self.world_size}
+        self._file = self._file or self._open()
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
         self._file.flush()
 
+    def _open(self) -> IO[str]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = _ends_torn(self.path)
+        file = self.path.open("a", encoding="utf-8")
+        if torn:
+            file.write("\n")
+        return file
+
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def _ends_torn(path: Path) -> bool:

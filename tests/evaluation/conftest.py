@@ -1,0 +1,65 @@
+"""A small corpus of many files, built for two tokenizers, and a small model for it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from glowflow.config.loader import load_config
+from glowflow.config.schema import DataConfig, GlowFlowConfig
+from glowflow.core.model import GlowFlowModel
+from glowflow.data.manifest import Manifest
+from glowflow.data.prepare import ensure_built
+
+WORDS = "the cat sat on a mat and saw the small dog run — été 猫".split()
+
+
+def write_corpus(folder: Path, files: int = 700) -> Path:
+    generator = random.Random(0)
+    folder.mkdir()
+    for number in range(files):
+        words = generator.choices(WORDS, k=generator.randint(3, 60))
+        (folder / f"{number:04d}.txt").write_text(" ".join(words) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
+
+
+def data_config(corpus: Path, cache: Path, tokenizer: str = "bytes") -> DataConfig:
+    return DataConfig(dataset=str(corpus), tokenizer=tokenizer, context=32, cache_dir=str(cache))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def byte_manifest(corpus: Path, cache: Path) -> Manifest:
+    return ensure_built(data_config(corpus, cache), use_ray=False)[0][0]
+
+
+@pytest.fixture(scope="session")
+def char_manifest(corpus: Path, cache: Path) -> Manifest:
+    return ensure_built(data_config(corpus, cache, "chars"), use_ray=False)[0][0]
+
+
+def small_config(corpus: Path, cache: Path, vocab_size: int) -> GlowFlowConfig:
+    shape = {"dim": 16, "depth": 2, "heads": 2, "init_std": 0.2}
+    return load_config(
+        {
+            "model": {"arch": "transformer", "vocab_size": vocab_size, **shape},
+            "data": data_config(corpus, cache).model_dump(),
+            "training": {"batch_size": 4, "max_steps": 5, "warmup_steps": 1},
+        }
+    )
+
+
+@pytest.fixture
+def model(corpus: Path, cache: Path, byte_manifest: Manifest) -> GlowFlowModel:
+    return GlowFlowModel(small_config(corpus, cache, 257), byte_manifest.tokenizer_spec)

@@ -62,8 +62,9 @@ def glowflow_steps(size: str, steps: int, precision: str, compiled: bool) -> tup
     with tempfile.TemporaryDirectory() as storage:
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "glowflow.cli.main", "train", str(ROOT / "configs/shakespeare_char.yaml"), "--local"),
-                *("--json", f"model.depth={layers}", f"model.heads={heads}", f"model.dim={width}", f"model.ffn_dim={ffn}"),
+                *(sys.executable, "-m", "glowflow.cli.main", "train", str(ROOT / "configs/shakespeare_char.yaml")),
+                *("--local", "--json", f"model.depth={layers}", f"model.heads={heads}", f"model.dim={width}"),
+                f"model.ffn_dim={ffn}",
                 *(f"data.context={context}", f"training.batch_size={batch}", f"training.max_steps={steps + WARMUP}"),
                 *(f"training.precision={precision}", f"training.compile={str(compiled).lower()}", "training.threads=1"),
                 *(f"training.checkpoint_interval={steps + WARMUP}", f"training.val_interval={steps + WARMUP}"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+from pathlib import Path
 from typing import Any
 
 import click
@@ -35,19 +38,19 @@ def train(
     from glowflow.orchestration.pipeline import TrainingPipeline
 
     if resume is not None and config is not None and "=" in config:
-        config, overrides = None, (config, *overrides)
+        overrides, config = (config, *overrides), None
     if (config is None) == (resume is None):
-        raise ConfigError(Problem("CONFIG", "give either a config file or --resume RUN, not both and not neither"))
+        raise ConfigError(Problem("CONFIG", "give a config file, or --resume RUN, and not both"))
     given = list(overrides)
     if workers is not None:
         given.append(f"resources.workers={workers}")
     if run_name is not None:
         given.append(f"tracking.run={run_name}")
     verbose = bool((ctx.obj or {}).get("verbose"))
-    if resume is not None:
+    if config is None:
+        assert resume is not None
         record = TrainingPipeline.resume(resume, given, verbose=verbose, local=local)
     else:
-        assert config is not None
         record = TrainingPipeline.from_file(config, given, verbose=verbose).fit(local=local)
     if as_json:
         echo_json(record.to_dict())
@@ -64,8 +67,11 @@ def _summary(record: dict[str, Any]) -> None:
         for key in ("train_loss", "val_loss", "perplexity", "val_bits_per_byte")
         if key in final
     )
+    # Elsewhere than in the default storage a name alone would not be found.
+    storage = Path(record["config"]["tracking"]["storage"])
+    target = shlex.quote(name if storage == Path("runs").absolute() else os.path.relpath(storage / name))
     note(f"{record['status'].lower()} {name}: {record['steps']:,} steps, {record['tokens']:,} tokens; {measured}")
     if record["status"] == "FINISHED":
-        note(f"next: glowflow eval {name} | glowflow generate {name} --prompt 'def ' | glowflow runs show {name}")
+        note(f"next: glowflow eval {target} | glowflow generate {target} --prompt 'def ' | glowflow runs show {target}")
     elif record["status"] == "KILLED":
-        note(f"go on with: glowflow train --resume {name}")
+        note(f"go on with: glowflow train --resume {target}")

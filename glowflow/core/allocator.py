@@ -35,5 +35,7 @@ def keep_freed_memory(block_bytes: int = 64 * 2**20, total_bytes: int = 512 * 2*
     while block_bytes > 2**20 and not mallopt(_M_MMAP_THRESHOLD, block_bytes):
         block_bytes //= 2
     kept = bool(mallopt(_M_TRIM_THRESHOLD, total_bytes))
-    logger.info("malloc keeps up to %d MiB of freed memory, in blocks up to %d MiB", total_bytes >> 20, block_bytes >> 20)
+    logger.info(
+        "malloc keeps up to %d MiB of freed memory, in blocks up to %d MiB", total_bytes >> 20, block_bytes >> 20
+    )
     return kept

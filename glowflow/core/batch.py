@@ -45,7 +45,9 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on another device."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=non_blocking) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
         moved["modalities"] = {
             key: Modality(*(t.to(device, non_blocking=non_blocking) for t in vars(m).values()))

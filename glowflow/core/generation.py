@@ -102,7 +102,9 @@ def generate(
         problems.append(Problem("context", "must be at least 2 to generate", context))
     if problems:
         raise ConfigError(problems)
-    return _generate(module, [int(token) for token in prompt_ids], max_new_tokens, context, options or SamplingOptions())
+    return _generate(
+        module, [int(token) for token in prompt_ids], max_new_tokens, context, options or SamplingOptions()
+    )
 
 
 def _generate(

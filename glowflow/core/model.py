@@ -45,7 +45,9 @@ def build_module(config: GlowFlowConfig, device: torch.device | str = "meta") ->
         entry = ARCHITECTURES.get(arch)
         if entry is None:
             registered = ", ".join(ARCHITECTURES.names())
-            raise ConfigError(Problem("model.arch", f"is not a registered architecture; registered: {registered}", arch))
+            raise ConfigError(
+                Problem("model.arch", f"is not a registered architecture; registered: {registered}", arch)
+            )
         target = entry.target()
     if not (isinstance(target, type) and issubclass(target, BaseArchitecture)):
         raise ConfigError(Problem("model.arch", "must name a subclass of glowflow's BaseArchitecture", arch))
@@ -96,7 +98,9 @@ class GlowFlowModel:
             self.config = self.config.model_copy(update={"model": section})
         elif vocab_size is not None and int(vocab_size) > (self.config.model.vocab_size or 0):
             raise ConfigError(
-                Problem("model.vocab_size", f"must hold the tokenizer's {vocab_size} tokens", self.config.model.vocab_size)
+                Problem(
+                    "model.vocab_size", f"must hold the tokenizer's {vocab_size} tokens", self.config.model.vocab_size
+                )
             )
         self.tokenizer_spec = dict(spec)
 
@@ -288,7 +292,9 @@ def read_single_file(path: str | Path) -> dict[str, Any]:
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
     wanted: dict[str, Any] = {"config": dict, "step": int, "state_dict": dict, "tokenizer": (dict, type(None))}
     if content.get("format") != FORMAT or not all(isinstance(content.get(k), t) for k, t in wanted.items()):
-        raise CheckpointError(Problem(str(path), f"is not a GlowFlow model file of format {FORMAT}", content.get("format")))
+        raise CheckpointError(
+            Problem(str(path), f"is not a GlowFlow model file of format {FORMAT}", content.get("format"))
+        )
     if _digest(content["state_dict"]) != content.get("digest"):
         raise CheckpointError(Problem(str(path), "is corrupt: the weights do not match the digest stored with them"))
     return content
@@ -318,7 +324,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            state = {name: file.get_tensor(name) for name in file.keys()}
         if header.get("format") != FORMAT:
             return {"format": header.get("format")}
         decoded = {key: json.loads(header[key]) for key in ("config", "tokenizer", "step")}

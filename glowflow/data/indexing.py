@@ -138,7 +138,7 @@ def _token_lists(extent: Extent, tokenizer: Tokenizer) -> Iterator[tuple[int, np
     """(row, tokens) of a row group of token lists, selected rows only."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(extent.path, memory_map=True) as file:
+    with pq.ParquetFile(extent.path, memory_map=False) as file:
         column = file.read_row_group(extent.start, columns=["tokens"], use_threads=False).column(0)
     for row, value in enumerate(column):
         key = f"{extent.name}:{extent.row + row}"

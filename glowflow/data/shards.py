@@ -137,7 +137,7 @@ def _open(path: str, _size: int, _mtime_ns: int) -> Any:
     """An open Parquet file; size and time are in the key so that a file that was replaced is opened anew."""
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(path, memory_map=True)
+    return pq.ParquetFile(path, memory_map=False)
 
 
 def read_rows(manifest: Manifest, split: str, shard_index: int, row_group: int, columns: list[str]) -> Any:

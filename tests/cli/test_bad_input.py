@@ -130,7 +130,8 @@ def test_checkpoint_of_another_architecture(workshop: Workshop, fails: Fails, tm
 
 def test_changing_the_numbers_of_a_run_is_refused(workshop: Workshop, fails: Fails) -> None:
     run_dir = str(workshop.storage / workshop.run)
-    fails("train", "--local", "--resume", run_dir, "training.lr=1", "model.depth=2", mentions=("training.lr", "model.depth"))
+    changes = ("training.lr=1", "model.depth=2")
+    fails("train", "--local", "--resume", run_dir, *changes, mentions=("training.lr", "model.depth"))
 
 
 def test_resume_of_an_unknown_run(workshop: Workshop, fails: Fails) -> None:
@@ -153,7 +154,8 @@ def test_gpu_where_there_is_none(workshop: Workshop, fails: Fails) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    fails("train", str(workshop.config), "--local", *TINY, "resources.accelerator=gpu", mentions=("resources.accelerator",))
+    given = ("--local", *TINY, "resources.accelerator=gpu")
+    fails("train", str(workshop.config), *given, mentions=("resources.accelerator",))
 
 
 def test_storage_that_cannot_be_written(workshop: Workshop, fails: Fails, tmp_path: Path) -> None:

@@ -38,7 +38,10 @@ def test_help_lists_the_commands_and_imports_none_of_the_big_libraries() -> None
         assert f"\n  {name} " in done.stdout
 
 
-@pytest.mark.parametrize("name", ["quickstart", "shakespeare_char", "wikitext2", "lm_124m", "lm_350m", "lm_1b3", "lm_3b8"])
+CONFIGS = ["quickstart", "shakespeare_char", "wikitext2", "lm_124m", "lm_350m", "lm_1b3", "lm_3b8"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_shipped_config_passes_plan(document: Any, repository: Path, tmp_path: Path, name: str) -> None:
     shown = document("plan", str(repository / f"configs/{name}.yaml"), f"data.cache_dir={tmp_path}")
     assert shown["parameters"] > 0 and shown["memory_per_worker"]["total"] > 0
@@ -86,7 +89,8 @@ def test_eval_of_run_checkpoint_and_file_agree(document: Any, workshop: Workshop
     assert low <= of_run["bits_per_byte"] <= high
     checkpoint = str(workshop.storage / workshop.run / "checkpoints" / "step-6")
     assert run(["export", workshop.run, str(tmp_path / "model.safetensors"), *storage]) == 0
-    for target in (checkpoint, str(workshop.storage / workshop.run / "checkpoints/model-6.pt"), str(tmp_path / "model.safetensors")):
+    exported = str(workshop.storage / workshop.run / "checkpoints/model-6.pt")
+    for target in (checkpoint, exported, str(tmp_path / "model.safetensors")):
         assert document("eval", target)["loss"] == pytest.approx(of_run["loss"], abs=1e-9)
 
 

@@ -26,7 +26,9 @@ print(min(faults() for _ in range(3)))
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc's settings are glibc's")
 def test_page_faults_disappear() -> None:
     def count(mode: str) -> int:
-        done = subprocess.run([sys.executable, "-c", FAULTS, mode], check=True, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, mode], check=True, capture_output=True, text=True, timeout=120
+        )
         return int(done.stdout)
 
     assert count("keep") < 200 < count("default")

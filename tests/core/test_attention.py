@@ -47,7 +47,9 @@ SPECS = [
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
 @pytest.mark.parametrize("spec", SPECS, ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 5), (3, 9)])
-def test_outputs_and_gradients_equal_the_definition(backend: Backend, spec: AttentionSpec, queries: int, keys: int) -> None:
+def test_outputs_and_gradients_equal_the_definition(
+    backend: Backend, spec: AttentionSpec, queries: int, keys: int
+) -> None:
     allowed = causal_mask(queries, keys, torch.device("cpu")).expand(2, queries, keys)
     ours, theirs = inputs(spec, queries, keys), inputs(spec, queries, keys)
     out = backend.run(*ours, spec)

@@ -33,7 +33,9 @@ def batch(start: int, stop: int) -> Batch:
     text = torch.randint(0, 31, (6, 9), generator=torch.Generator().manual_seed(0))[start:stop]
     rows, zeros = stop - start, torch.zeros(stop - start, 8, dtype=torch.long)
     ones = torch.ones(rows, 8)
-    return Batch(text[:, :-1], text[:, 1:], ones, zeros, zeros, torch.arange(rows), torch.zeros(rows, dtype=torch.bool), True)
+    return Batch(
+        text[:, :-1], text[:, 1:], ones, zeros, zeros, torch.arange(rows), torch.zeros(rows, dtype=torch.bool), True
+    )
 
 
 def free_port() -> int:
@@ -129,7 +131,10 @@ def test_draws_depend_on_seed_and_name_only(make_module: Callable[..., Transform
         assert "norm" in name or not torch.equal(parameter, other.get_parameter(name))
         if not name.endswith(("out.weight", "down.weight")):  # their scale follows the depth
             assert torch.equal(parameter, deeper.get_parameter(name))
-    one, two = first.get_parameter("blocks.0.attention.qkv.weight"), first.get_parameter("blocks.1.attention.qkv.weight")
+    one, two = (
+        first.get_parameter("blocks.0.attention.qkv.weight"),
+        first.get_parameter("blocks.1.attention.qkv.weight"),
+    )
     assert not torch.equal(one, two)
 
 

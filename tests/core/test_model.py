@@ -27,7 +27,9 @@ def model(make_config: MakeConfig) -> GlowFlowModel:
 
 
 def test_counting_allocates_nothing_and_touches_nothing(make_config: MakeConfig) -> None:
-    big = GlowFlowModel(make_config(dim=8192, depth=80, heads=64, ffn_dim=28672, vocab_size=128256, tie_embeddings=False))
+    big = GlowFlowModel(
+        make_config(dim=8192, depth=80, heads=64, ffn_dim=28672, vocab_size=128256, tie_embeddings=False)
+    )
     assert big.num_parameters() > 70e9
     assert big.num_parameters() - big.num_parameters(embedding=False) == 128256 * 8192
     assert big.flops_per_token(2048) > 6 * 69e9

@@ -204,7 +204,7 @@ def test_parameters_and_flops_are_counted(make_module: Make) -> None:
 
 
 def test_vocabulary_must_be_known(make_config: Callable[..., object]) -> None:
-    with pytest.raises(ConfigError, match="model.vocab_size"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size"):
         Transformer(make_config(vocab_size=None).model)  # type: ignore[attr-defined]
 
 

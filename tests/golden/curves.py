@@ -19,9 +19,9 @@ FOLDER = Path(__file__).parent
 
 # name -> (config, overrides): small enough for a CPU, everything else as shipped
 CASES: dict[str, tuple[str, list[str]]] = {
-    "quickstart": ("configs/quickstart.yaml", ["training.batch_size=4", "resources.workers=1", "training.strategy=auto"]),
+    "quickstart": ("configs/quickstart.yaml", ["training.batch_size=4", "training.strategy=auto"]),
     "shakespeare_char": ("configs/shakespeare_char.yaml", []),
-    "wikitext2": ("configs/wikitext2.yaml", ["training.batch_size=4", "training.micro_batch_size=null", "data.context=64"]),
+    "wikitext2": ("configs/wikitext2.yaml", ["training.batch_size=4", "data.context=64"]),
 }
 
 
@@ -36,7 +36,7 @@ def run_case(name: str, steps: int) -> tuple[dict[str, Any], list[float]]:
     config, overrides = CASES[name]
     with tempfile.TemporaryDirectory() as storage:
         common = [
-            *(f"training.max_steps={steps}", "training.schedule=constant", "training.threads=1"),
+            *("resources.workers=1", f"training.max_steps={steps}", "training.schedule=constant", "training.threads=1"),
             *(f"training.checkpoint_interval={steps}", f"training.val_interval={steps}", "training.val_batches=1"),
             *("training.precision=fp32", "resources.accelerator=cpu", "training.compile=false"),
             *(f"tracking.storage={storage}", "tracking.backend=jsonl", "tracking.system_metrics=false"),

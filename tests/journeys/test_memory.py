@@ -89,8 +89,8 @@ def test_workers_and_object_store_stay_small(tmp_path: Path) -> None:
     watch.stop.set()
     watch.join()
     print(
-        f"{record.tokens:,} tokens in {time.monotonic() - began:.0f} s; worst USS of the workers "
-        f"{[f'{uss / GIB:.2f} GiB' for uss in watch.worst_uss.values()]}, object store {watch.worst_store / GIB:.2f} GiB"
+        f"{record.tokens:,} tokens in {time.monotonic() - began:.0f} s; worst USS in GiB of the workers "
+        f"{[round(uss / GIB, 2) for uss in watch.worst_uss.values()]}, object store {watch.worst_store / GIB:.2f} GiB"
     )
     assert record.status == "FINISHED" and record.steps == STEPS
     assert record.tokens >= GIB

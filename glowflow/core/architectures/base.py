@@ -50,7 +50,7 @@ class BaseArchitecture(nn.Module):
         super().__init__()
         if config.vocab_size is None:
             raise ConfigError(
-                Problem("model.vocab_size", "must be known to build the model", hint="set it, or name a tokenizer or data set")
+                Problem("model.vocab_size", "must be known to build the model", hint="set it, or name a tokenizer")
             )
         self.config = config
         self.vocab_size: int = config.vocab_size
@@ -67,7 +67,7 @@ class BaseArchitecture(nn.Module):
         return []
 
     def init_spec(self, name: str) -> InitSpec:
-        """How the parameter with this qualified name starts. Default: matrices N(0, 0.02), biases 0, other vectors 1."""
+        """How the parameter with this qualified name starts. Default: matrices N(0, 0.02), biases 0, others 1."""
         if self.get_parameter(name).ndim > 1:
             return InitSpec("normal", 0.02)
         return InitSpec("zeros" if name.endswith("bias") else "ones")
@@ -99,7 +99,7 @@ class BaseArchitecture(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not implement cached decoding")
 
     def flops_per_token(self, context: int) -> float:
-        """Floating-point operations of one training token, forward and backward (PaLM, arXiv:2204.02311, appendix B)."""
+        """Operations of one training token, forward and backward (PaLM, arXiv:2204.02311, appendix B)."""
         raise NotImplementedError(f"{type(self).__name__} does not implement flops_per_token")
 
     def num_parameters(self) -> int:

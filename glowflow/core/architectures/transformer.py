@@ -92,7 +92,9 @@ class Transformer(BaseArchitecture):
         hidden: Tensor = self.norm(x_btd)
         return hidden
 
-    def _context(self, tokens_bt: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None) -> AttentionContext:
+    def _context(
+        self, tokens_bt: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> AttentionContext:
         """Rotary tables, kernel and mask of one pass.
 
         Rotary scores depend on distances only, so that positions may run on across the documents of a row.

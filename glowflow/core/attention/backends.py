@@ -52,7 +52,7 @@ def _common_reasons(spec: AttentionSpec, dtype: torch.dtype) -> list[str]:
 
 
 class SdpaBackend:
-    """``torch.nn.functional.scaled_dot_product_attention``: flash, cuDNN or memory-efficient kernels, whichever fits."""
+    """``torch.nn.functional.scaled_dot_product_attention``: flash, cuDNN or memory-efficient, whichever fits."""
 
     name = "sdpa"
 

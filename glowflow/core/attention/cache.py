@@ -50,7 +50,12 @@ class KVCache:
         """
         if self.length + num_new > self.max_length:
             raise ConfigError(
-                Problem("max_length", f"the cache holds {self.max_length} positions", self.length + num_new, "ask for a longer cache")
+                Problem(
+                    "max_length",
+                    f"the cache holds {self.max_length} positions",
+                    self.length + num_new,
+                    "ask for a longer cache",
+                )
             )
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -186,7 +186,7 @@ def _encodable(text: str) -> tuple[str, str]:
 def _parquet_rows(extent: Extent, problems: list[Problem]) -> Iterator[tuple[int, str]]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(extent.path, memory_map=True) as file:
+    with pq.ParquetFile(extent.path, memory_map=False) as file:
         if "text" not in file.schema_arrow.names:
             hint = "a Parquet file of tokens alone can only be used with --index-only"
             problems.append(Problem(extent.path, "has no column `text`", hint=hint))

@@ -23,6 +23,7 @@ from glowflow.benchmark.measure import Measurement, summarise
 from glowflow.config.errors import ConfigError, GlowFlowError, PreflightError, Problem
 from glowflow.config.loader import load_config
 from glowflow.config.schema import GlowFlowConfig
+from glowflow.core.allocator import keep_freed_memory
 from glowflow.core.batch import Batch
 from glowflow.core.optim import build_optimizer
 from glowflow.training.flops import device_peak, measure_gemm_peak, mfu
@@ -71,6 +72,8 @@ def bare_loop(config: GlowFlowConfig, steps: int, warmup: int) -> Measurement:
     """Time ``steps`` optimiser steps after ``warmup`` more."""
     began = time.perf_counter()
     device = choose_device(config.resources.accelerator)
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     strategy = make_strategy("single", device=device, precision=config.training.precision)

@@ -135,7 +135,7 @@ class PackedLayout:
                 order, index = table.order(epoch), indices[here]
                 slot = np.searchsorted(order.sequences, index, side="right") - 1
                 window = order.windows[slot]
-                first = (index - order.sequences[slot]) * self._context
+                first = table.shuffled(epoch, window, index - order.sequences[slot]) * self._context
                 count = np.minimum(self._context, table.pairs[window] - first)
                 found.append(((source, epoch), mine[here], window, first, count))
         return found

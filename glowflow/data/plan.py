@@ -28,7 +28,7 @@ from glowflow.data.windows import Part, WindowReader, WindowTable
 
 __all__ = ["DEFAULT_WINDOW_TOKENS", "Plan", "PlanBatch", "eval_plan", "plan", "plan_from_spec", "shared_plan"]
 
-ALGORITHM = 1  # goes into the fingerprint: raise it whenever the same arguments give other batches
+ALGORITHM = 2  # goes into the fingerprint: raise it whenever the same arguments give other batches
 DEFAULT_WINDOW_TOKENS = 4_194_304
 _CACHE_BYTES = 32 << 20
 _MIN_PART_PAIRS = 1 << 16
@@ -101,6 +101,9 @@ class Plan:
             epochs=arguments.epochs,
         )
         part_pairs = _part_pairs(self._tables, self._schedule.streams, self.context, cache_bytes)
+        if arguments.layout == "packed" and arguments.shuffle:
+            # A batch takes sequences from all over a window, so that parts of one would be decoded again and again.
+            part_pairs = max(part_pairs, *(int(table.pairs.max()) for table in self._tables), self.context)
         self._reader = WindowReader(self._tables, part_pairs, cache_bytes, _PARTS_PER_STREAM * self._schedule.streams)
         self._lock = threading.RLock()
         self.fingerprint = _fingerprint(arguments)

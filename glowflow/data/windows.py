@@ -23,7 +23,9 @@ __all__ = ["EpochOrder", "Part", "Window", "WindowReader", "WindowTable"]
 
 _WINDOW_STREAM = 2  # distinguish the uses of the seed
 _DOCUMENT_STREAM = 3
+_SEQUENCE_STREAM = 4
 _CACHED_EPOCHS = 2
+_CACHED_SEQUENCE_ORDERS = 4
 
 Ints = NDArray[np.int64]
 Tokens = NDArray[Any]  # uint8, uint16 or uint32
@@ -70,6 +72,7 @@ class WindowTable:
         self.total_rows = int(self.rows.sum())
         self.total_sequences = int(self.sequences.sum())
         self._orders: LRU[int, EpochOrder] = LRU(_CACHED_EPOCHS)
+        self._sequence_orders: LRU[tuple[int, int], Ints] = LRU(_CACHED_SEQUENCE_ORDERS)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -88,6 +91,28 @@ class WindowTable:
         )
         self._orders.put(epoch, order)
         return order
+
+    def shuffled(self, epoch: int, windows: Ints, ranks: Ints) -> Ints:
+        """Which sequence of its window comes at each rank: neighbours in the text are no neighbours in a batch.
+
+        Without it a long document would fill whole batches with consecutive text, whose gradients say nearly the same.
+        """
+        if self.seed is None:
+            return ranks
+        sequences = np.empty_like(ranks)
+        for window in np.unique(windows).tolist():
+            here = windows == window
+            sequences[here] = self._sequence_order(epoch, window)[ranks[here]]
+        return sequences
+
+    def _sequence_order(self, epoch: int, window: int) -> Ints:
+        cached = self._sequence_orders.get((epoch, window))
+        if cached is None:
+            assert self.seed is not None
+            count = int(self.sequences[window])
+            cached = permutation(count, self.seed, _SEQUENCE_STREAM, self.source, epoch, window)
+            self._sequence_orders.put((epoch, window), cached)
+        return cached
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,6 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
 }
@@ -176,7 +175,8 @@ def connected(config: GlowFlowConfig, *, verbose: bool = False) -> Iterator[None
         PreflightError: the cluster does not let us in.
     """
     set_environment()
-    _quieten(verbose)
+    if not verbose:
+        _quieten()
     import ray
 
     if ray.is_initialized():
@@ -230,10 +230,10 @@ def _restore(saved: dict[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def _quieten(verbose: bool) -> None:
+def _quieten() -> None:
     """Leave the terminal to our own display: Ray's chatter stays in its log files."""
-    if verbose:
-        return
+    # Without it Ray prints the raylet's messages on stdout, whatever `log_to_driver` says, and stdout is for JSON.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     for name in _LOUD_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"ray(\.|$)")

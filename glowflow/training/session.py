@@ -20,6 +20,7 @@ from torch import Tensor
 from glowflow.config.errors import ConfigError, Problem
 from glowflow.config.loader import load_config
 from glowflow.config.schema import GlowFlowConfig
+from glowflow.core.allocator import keep_freed_memory
 from glowflow.core.batch import StepBatches
 from glowflow.core.model import read_single_file
 from glowflow.data.manifest import Manifest
@@ -132,6 +133,8 @@ def run_worker(
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()  # else every step asks the kernel for its activations anew
     run_dir = Path(args.run_dir)
     resume = _resume_path(args.resume, run_dir, rank, world_size)
     sources = [(Manifest.load(path), weight) for path, weight in args.sources]

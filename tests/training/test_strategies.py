@@ -12,14 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from glowflow.config.errors import CheckpointError, ConfigError
 from glowflow.config.schema import GlowFlowConfig
-from glowflow.core.batch import Batch
+from glowflow.core.batch import Batch, ModelOutput
 from glowflow.core.model import build_module
 from glowflow.core.optim import build_optimizer
 from glowflow.training.precision import autocast
 from glowflow.training.strategies import DDPStrategy, FSDPStrategy, SingleStrategy, Strategy, make_strategy
+from glowflow.training.strategies.fsdp import _groups
 from tests.training.distributed import WorkerError, run_workers
 
 CPU = torch.device("cpu")
@@ -27,6 +29,7 @@ VOCAB = 31
 CONTEXT = 9
 GLOBAL_BATCH = 12
 STEPS = 3
+BLOCK_BYTES = 43_440
 
 
 def small_config(model: dict[str, Any] | None = None, **training: Any) -> GlowFlowConfig:
@@ -104,7 +107,7 @@ def worker_trains(names: tuple[str, ...] = ()) -> dict[str, Any]:
         "ddp": (DDPStrategy(device=CPU, precision="fp32"), config, 1),
         "ddp, 2 micro-batches": (DDPStrategy(device=CPU, precision="fp32"), config, 2),
         "fsdp": (make_strategy("fsdp", device=CPU, precision="fp32"), config, 1),
-        "fsdp, 2 micro-batches": (FSDPStrategy(device=CPU, precision="fp32"), config, 2),
+        "fsdp, 2 micro-batches": (FSDPStrategy(device=CPU, precision="fp32", group_bytes=BLOCK_BYTES + 1), config, 2),
         "fsdp, a group per block": (FSDPStrategy(device=CPU, precision="fp32", group_bytes=0), config, 1),
         "fsdp, resharded": (FSDPStrategy(device=CPU, precision="fp32", group_bytes=0, keep_bytes=0), config, 2),
         "fsdp, recomputed": (
@@ -256,6 +259,22 @@ def test_compiled_blocks_compute_the_same_under_the_same_names() -> None:
         names.append(sorted(strategy.full_state_dict(module)))
     torch.testing.assert_close(losses[:2], losses[2:], rtol=1e-4, atol=1e-5)
     assert names[0] == names[1]
+
+
+def test_blocks_are_joined_until_a_group_is_worth_a_message() -> None:
+    blocks = build_module(small_config()).shard_units()
+    assert {sum(p.numel() * 4 for p in block.parameters()) for block in blocks} == {BLOCK_BYTES}
+    sizes = {smallest: [len(group) for group in _groups(blocks, smallest)] for smallest in (0, BLOCK_BYTES)}
+    assert sizes == {0: [1, 1, 1], BLOCK_BYTES: [1, 1, 1]}
+    assert _groups(blocks, BLOCK_BYTES + 1) == [blocks[:2], blocks[2:]]
+    assert _groups(blocks, 3 * BLOCK_BYTES) == [blocks]
+    assert _groups(blocks, 3 * BLOCK_BYTES + 1) == []
+
+
+def test_older_torch_finds_the_tensors_of_an_output_too() -> None:
+    output = ModelOutput(torch.zeros(1, 1, 1), torch.tensor(1.0), torch.tensor(2.0))
+    leaves = tree_leaves((output, None))
+    assert all(any(leaf is tensor for leaf in leaves) for tensor in vars(output).values())
 
 
 # -- names, weights, precision ----------------------------------------------------------------------------------------

@@ -13,15 +13,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.export import register_dataclass
 
 from glowflow.core.architectures.base import BaseArchitecture
+from glowflow.core.batch import ModelOutput
 from glowflow.training.strategies.base import Strategy
 
 __all__ = ["FSDPStrategy"]
 
-GROUP_BYTES = 32 * 2**20
-KEEP_BYTES = 512 * 2**20
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+GROUP_BYTES = 16 * 2**20
+KEEP_BYTES = 512 * 2**20
+
+# FSDP2 hooks the backward pass to the tensors in a module's output. Older releases of torch look into pytrees only and
+# would not reduce the root's gradients behind a plain dataclass.
+register_dataclass(ModelOutput)
 
 
 class FSDPStrategy(Strategy):
@@ -30,7 +37,7 @@ class FSDPStrategy(Strategy):
     Two choices follow from the size of the model, the same on all ranks:
 
     - Consecutive shard units are communicated together until a group holds ``group_bytes`` of weights, because every
-      collective has a fixed price.
+      collective has a fixed price: the blocks of a 124M model stay apart, a model smaller than that is one group.
     - A model of at most ``keep_bytes`` keeps its gathered weights from the forward to the backward pass, and from one
       micro-batch to the next: one all-gather per step instead of two per micro-batch. A larger one gives each group's
       memory back after use.
@@ -84,7 +91,12 @@ class FSDPStrategy(Strategy):
 
 
 def _groups(units: Sequence[nn.Module], smallest: int) -> list[list[nn.Module]]:
-    """Consecutive units, joined until each group holds ``smallest`` bytes (the last may hold less)."""
+    """Consecutive units, joined until each group holds ``smallest`` bytes (the last may hold less).
+
+    No group at all where all units together are smaller: they are then part of the root, beside the embedding.
+    """
+    if _num_bytes(units) < smallest:
+        return []
     groups: list[list[nn.Module]] = []
     for unit in units:
         if groups and _num_bytes(groups[-1]) < smallest:

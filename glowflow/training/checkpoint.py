@@ -254,9 +254,7 @@ class CheckpointStore:
         try:
             markers.write_json(path / markers.EXTRA, json.loads(text))
             sequence = max((info.sequence for info in list_checkpoints(self.run_dir)), default=-1) + 1
-            info = markers.write_marker(
-                path, step=step, sequence=sequence, world_size=self.world_size, metrics=metrics
-            )
+            info = markers.write_marker(path, step=step, sequence=sequence, world_size=self.world_size, metrics=metrics)
         except OSError as error:
             raise CheckpointError(Problem(str(path), f"could not be completed: {error}")) from None
         try:

@@ -211,9 +211,7 @@ def resolve_checkpoint(
         found = latest_complete(run_dir)
     if found is None:
         measured = f" with the metric {best_metric}" if best_metric else ""
-        raise CheckpointError(
-            Problem(str(target), f"holds no complete checkpoint{measured}", hint=_contents(run_dir))
-        )
+        raise CheckpointError(Problem(str(target), f"holds no complete checkpoint{measured}", hint=_contents(run_dir)))
     return found
 
 

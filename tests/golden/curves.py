@@ -2,14 +2,15 @@
 
     python tests/golden/curves.py quickstart --steps 300      # records tests/golden/quickstart.jsonl
 
-The first line of a file is the key that a curve holds for: torch version, CPU capability, threads, corpus digest. The
-schedule is constant, so that a run of 20 steps is the beginning of one of 300.
+The first line of a file is the key that a curve holds for: torch version, CPU and its capability, threads, corpus
+digest. The schedule is constant, so that a run of 20 steps is the beginning of one of 300.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,20 @@ def run_case(name: str, steps: int) -> tuple[dict[str, Any], list[float]]:
     key = {
         "torch": torch.__version__.partition("+")[0],
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu": cpu_model(),
         "threads": 1,
         "corpus": manifest.fingerprint,
     }
     return key, [losses[step] for step in range(1, steps + 1)]
+
+
+def cpu_model() -> str:
+    """The processor's name: libraries choose their kernels by vendor too, not by capability alone."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def load(name: str) -> tuple[dict[str, Any], list[float]]:

@@ -211,7 +211,9 @@ def test_parts_of_windows_give_the_same_batches_as_whole_windows(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_module, "_MIN_PART_PAIRS", 1)
         cut = Plan(whole._arguments, cache_bytes=1)
-        assert cut._reader.part_pairs == context
+        # Shuffled packed windows are kept whole, because a batch takes sequences from all over them.
+        longest = int(cut._tables[0].pairs.max())
+        assert cut._reader.part_pairs == (context if layout == "lanes" else max(context, longest))
     for step in range(12):
         one, other = whole.batch(step), cut.batch(step)
         assert all(np.array_equal(array, getattr(other, name)) for name, array in vars(one).items())

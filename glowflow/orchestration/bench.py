@@ -92,7 +92,7 @@ def _with_vocabulary(config: GlowFlowConfig) -> GlowFlowConfig:
     from glowflow.data.prepare import ensure_built
 
     manifest = ensure_built(config.data, use_ray=False)[0][0]
-    return GlowFlowModel(config, manifest.tokenizer_spec).config
+    return GlowFlowModel(config, {"vocab_size": manifest.tokenizer().vocab_size}).config
 
 
 def _run_pipeline(config: GlowFlowConfig, local: bool, warmup: int) -> Measurement:

@@ -1,4 +1,4 @@
-# `make demo` sets up and runs the main job; `make test` sets up and tests. Both need python3 (3.10 or later) and pip.
+# `make demo` sets up and runs the main job; `make test` sets up and tests. Both need python3 (3.11 or later) and pip.
 # VENV names the virtual environment; it is created when there is none. PYTHON makes it.
 
 VENV ?= .venv
@@ -17,7 +17,7 @@ help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "GlowFlow needs Python 3.10 or later, this is " + sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "The tested versions in constraints.txt need Python 3.11 or later, this is " + sys.version.split()[0])'
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv "$(VENV)"; }
 	@echo "installing into $(VENV) (some minutes the first time)"
 	@$(PIP) -c constraints.txt -e '.[dev]'

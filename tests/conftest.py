@@ -16,8 +16,6 @@ _ENVIRONMENT = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",  # two busy cores start workers slowly
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A client that outlives its cluster ends the whole process, without a word, after 60 s by default.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
     "TOKENIZERS_PARALLELISM": "false",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }

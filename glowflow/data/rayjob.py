@@ -9,10 +9,11 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from glowflow.data.ray_threads import iterate
 from glowflow.data.units import Unit, run_unit
 
 __all__ = ["run_units_on_ray"]
@@ -38,8 +39,9 @@ def run_units_on_ray(out: Path, units: Sequence[Unit]) -> Iterator[dict[str, Any
         with _quiet():
             items = [{"out": str(out), "unit": unit.to_json()} for unit in units]
             dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(_work, num_cpus=1)
-            for row in dataset.iter_rows():
-                yield json.loads(row["result"])
+            with closing(iterate(dataset.iter_rows())) as rows:
+                for row in rows:
+                    yield json.loads(row["result"])
     finally:
         if started:
             ray.shutdown()

@@ -24,6 +24,7 @@ from glowflow.core.batch import Batch, StepBatches
 from glowflow.data.items import ItemMaker, RankShare, as_data_error
 from glowflow.data.payload import unpack
 from glowflow.data.plan import Plan, PlanBatch
+from glowflow.data.ray_threads import iterate
 
 __all__ = ["local_stream", "ray_stream", "to_batch"]
 
@@ -200,7 +201,7 @@ def ray_stream(
 
 def _ray_steps(maker: ItemMaker, item_bytes: int, document_mask: bool, prefetch_items: int) -> Iterator[StepBatches]:
     dataset = _dataset(maker, item_bytes, prefetch_items)
-    tables = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch_items))
+    tables = iterate(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch_items))
     began, expected = time.perf_counter(), 0
     try:
         for table in _ray_errors(tables):
@@ -217,9 +218,7 @@ def _ray_steps(maker: ItemMaker, item_bytes: int, document_mask: bool, prefetch_
         if expected != maker.num_items:
             raise DataError(f"Ray Data ended the stream after {expected} of {maker.num_items} items")
     finally:
-        close = getattr(tables, "close", None)
-        if close is not None:
-            close()  # stops the executor and its tasks now, not whenever the iterator is collected
+        tables.close()
 
 
 def _unpacked(payload: Any, maker: ItemMaker, item: int, document_mask: bool) -> Iterator[StepBatches]:

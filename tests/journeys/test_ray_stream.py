@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,19 @@ def test_closing_early_frees_the_cpus_and_the_next_stream_runs(cluster: str, man
     while ray.available_resources().get("CPU") != 2.0 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert ray.available_resources().get("CPU") == 2.0
+
+
+def test_no_thread_that_could_ask_ray_for_a_block_outlives_the_stream(cluster: str, manifest: Manifest) -> None:
+    """Such a thread ends the process, without a word, when it asks after ``ray.shutdown()``."""
+    before = set(threading.enumerate())
+    stream = ray_stream(make(manifest, context=256, global_batch=64), 0, 10**6, steps_per_item=8)
+    for _ in range(9):
+        next(stream)
+    readers = {thread.name for thread in set(threading.enumerate()) - before}
+    assert "iter_threaded" in readers, "Ray Data names its threads differently: the stream must wait for those"
+    stream.close()
+    left = {thread.name for thread in set(threading.enumerate()) - before}
+    assert left <= {"Prefetcher"}, "that one is parked for good and asks for nothing any more"
 
 
 def test_the_context_of_other_data_sets_stays_as_it_was(cluster: str, manifest: Manifest) -> None:

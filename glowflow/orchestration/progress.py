@@ -67,6 +67,7 @@ class ProgressLine:
         self._shown = [*_ALWAYS, *(m for m in monitor if m not in _ALWAYS)]
         self._first: tuple[int, float] | None = None
         self._last_plain = (0.0, -1.0)  # (time, tenth of the run) of the last plain line
+        self._last_text = ""
         self._drawn = ""
 
     def phase(self, text: str) -> None:
@@ -84,7 +85,8 @@ class ProgressLine:
         text = describe(step, max_steps, metrics, self._shown, self._eta(step, max_steps, now))
         if self._live:
             self._draw(text)
-        elif self._due(step, max_steps, now):
+        elif text != self._last_text and self._due(step, max_steps, now):
+            self._last_text = text
             self._line(text)
 
     def note(self, text: str) -> None:

@@ -151,6 +151,9 @@ def show_run(storage: str | Path, name: str, *, uri: str | None = None, use_mlfl
         shown["mlflow_run_id"] = request.run_id
     if display_status(record, run_dir) != record.status:
         shown["alive"] = False
+    if record.status == "RUNNING":
+        # run.json is written at the start and at the end: in between the curves know how far it is.
+        shown["steps"] = max(record.steps, max(curves(run_dir / METRICS_NAME).get("train_loss", {}), default=0))
     if use_mlflow:
         store = uri or (request.uri if request is not None else default_uri(storage))
         shown["mlflow"] = _mlflow_view(store, shown["mlflow_run_id"])

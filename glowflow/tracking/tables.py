@@ -47,6 +47,8 @@ def _short(name: str, value: Any) -> Any:
 def format_run(shown: Mapping[str, Any]) -> str:
     """The page of ``glowflow runs show``: one line a fact, nested ones dotted."""
     simple = {key: value for key, value in shown.items() if key not in ("config", "checkpoints", "process")}
+    if shown["status"] == "RUNNING" and not shown["alive"]:
+        simple["status"] = f"DEAD: its process is gone; to go on: glowflow train --resume {shown['run']}"
     lines: list[tuple[str, object]] = []
     for key, value in simple.items():
         if isinstance(value, Mapping):

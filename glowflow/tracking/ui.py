@@ -57,4 +57,6 @@ def ui_plan(storage: str | Path, *, uri: str | None = None, port: int | None = N
     command += ["--artifacts-destination", root] if root else []
     # By environment, not by argument: a URI may hold a password, and arguments are public on the machine.
     environment = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    # Showing runs needs no job queue: ten processes of 240 MB that compete with training.
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     return UiPlan(command, f"http://127.0.0.1:{chosen}", environment)

@@ -57,7 +57,14 @@ class Server:
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with open(self.folder / "server.log", "ab") as log:
             # Its own process group: the server has children, and only they must die with it.
-            self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         deadline = time.monotonic() + 180
         while not answers(f"{self.uri}/health"):
             assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "server.log").read_text()

@@ -20,6 +20,7 @@ __all__ = ["cli", "main"]
 # name -> (module:attribute, one line of help); the help is here so that `glowflow --help` imports no command.
 _COMMANDS = {
     "train": ("glowflow.cli.train:train", "Train a model from a config file, or go on with a run."),
+    "sweep": ("glowflow.cli.sweep:sweep", "Search or compare over any config; resume, watch and report sweeps."),
     "plan": ("glowflow.cli.plan:plan", "Show what a config would do: parameters, tokens, memory, kernels."),
     "data": ("glowflow.cli.data:data", "Build, list, inspect and verify data sets."),
     "eval": ("glowflow.cli.evaluate:evaluate", "Measure perplexity and bits per byte, with confidence intervals."),

@@ -11,12 +11,23 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
-__all__ = ["Interrupts"]
+__all__ = ["Interrupts", "StopSignal"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FIRST = "\nstopping: finishing this step and writing a checkpoint (Ctrl-C again: stop at once)\n"
+
+
+class StopSignal(Protocol):
+    """Who may ask a run to stop; ``arm`` and ``disarm`` frame the time in which a stop can be clean."""
+
+    @property
+    def stop_requested(self) -> bool: ...
+
+    def arm(self) -> None: ...
+
+    def disarm(self) -> None: ...
 
 
 class Interrupts:

@@ -18,7 +18,7 @@ from glowflow.config.errors import GlowFlowError, Problem, RunError
 from glowflow.config.loader import config_fingerprint, to_dict, to_yaml
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.data.manifest import Manifest
-from glowflow.orchestration.interrupts import Interrupts
+from glowflow.orchestration.interrupts import StopSignal
 from glowflow.orchestration.progress import Progress
 from glowflow.orchestration.rundir import CONFIG_NAME
 from glowflow.tracking.base import RunStatus, Tracker
@@ -58,6 +58,7 @@ class Job:
         initial_weights: single-file checkpoint to start from instead of drawing weights from the seed.
         tracking_uri: MLflow store; None with ``tracking.backend: jsonl``.
         mlflow_run_id: the run there; None where the store could not be reached yet.
+        report: ``LoopInputs.report``, answered in this process: how a sweep watches its trials.
     """
 
     config: GlowFlowConfig
@@ -66,12 +67,13 @@ class Job:
     local: bool
     accelerator: str
     progress: Progress
-    interrupts: Interrupts
+    interrupts: StopSignal
     resume_from: Path | None = None
     initial_weights: Path | None = None
     tracking_uri: str | None = None
     mlflow_run_id: str | None = None
     verbose: bool = False
+    report: Callable[[int, dict[str, float], Path | None], bool] | None = None
     record: RunRecord = field(default_factory=lambda: RunRecord(""))
 
     @property

@@ -47,6 +47,7 @@ def run_local(job: Job) -> dict[str, Any]:
             sink=sink,
             stop_requested=lambda: job.interrupts.stop_requested,
             on_checkpoint=on_checkpoint,
+            on_report=job.report,
         )
     finally:
         job.interrupts.disarm()

@@ -23,6 +23,7 @@ __all__ = ["Monitor", "MonitorLink", "Progressed", "start_monitor"]
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
+_ANSWER_SECONDS = 0.1
 _FLUSH_SECONDS = 30.0
 _QUEUE_LIMIT = 100_000  # messages; a run writes some dozens per log step, so a full queue means a dead actor
 
@@ -71,6 +72,8 @@ class Monitor:
         self._checkpoint: tuple[int, str] | None = None
         self._failed_attempt = -1
         self._failure: tuple[str, str] | None = None
+        self._report: tuple[int, dict[str, float], str | None] | None = None
+        self._answer: bool | None = None
 
     def ready(self) -> bool:
         """Answer once the actor runs."""
@@ -130,9 +133,10 @@ class Monitor:
         return self._fatal
 
     def state(self) -> dict[str, Any]:
-        """What the driver shows; notes are given once."""
+        """What the driver shows; notes and reports are given once."""
         step, metrics = self._progress.state()
         notes, self._notes = self._notes, []
+        report, self._report = self._report, None
         return {
             "step": step,
             "metrics": metrics,
@@ -140,7 +144,20 @@ class Monitor:
             "fatal": self._fatal,
             "started": self._attempts > 0,
             "checkpoint": self._checkpoint,
+            "report": report,
         }
+
+    def report(self, step: int, metrics: dict[str, float], checkpoint: str | None) -> None:
+        """Rank 0 waits at this step for the driver's answer; ``state`` gives the report once."""
+        self._report, self._answer = (step, metrics, checkpoint), None
+
+    def answer(self, stop: bool) -> None:
+        """The driver's answer to the report: whether training shall stop here."""
+        self._answer = stop
+
+    def answered(self) -> bool | None:
+        """The answer, None as long as there is none."""
+        return self._answer
 
     def close(self) -> None:
         """Everything was sent: bring the spool to the disk and leave it to the driver."""
@@ -193,6 +210,14 @@ class MonitorLink:
     def checkpoint(self, step: int, path: Path | str, metrics: Mapping[str, float]) -> None:
         """Send a complete checkpoint; does not wait."""
         self._put("checkpoint", (step, str(path), dict(metrics)))
+
+    def report(self, step: int, metrics: Mapping[str, float], checkpoint: Path | None) -> bool:
+        """``LoopInputs.report``: tell the driver, and wait until it has answered or asked for a stop."""
+        self.flush()
+        self.call("report", step, dict(metrics), None if checkpoint is None else str(checkpoint))
+        while (answer := self.call("answered")) is None and not self._stop:
+            time.sleep(_ANSWER_SECONDS)
+        return self._stop or bool(answer)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the monitor and wait for its answer."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from glowflow.data.manifest import Manifest
     from glowflow.tracking.runrecord import RunRecord
 
-__all__ = ["TrainingPipeline"]
+__all__ = ["TrainingPipeline", "sized_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -229,10 +229,9 @@ class TrainingPipeline:
 
     def _with_vocabulary(self, config: GlowFlowConfig, manifest: Manifest) -> GlowFlowConfig:
         """The config with the tokenizer's vocabulary size, checked against a model that already has weights."""
-        from glowflow.core.model import GlowFlowModel, build_module, state_dict_problems
+        from glowflow.core.model import build_module, state_dict_problems
 
-        spec = {**manifest.tokenizer_spec, "vocab_size": manifest.tokenizer().vocab_size}
-        sized = GlowFlowModel(config, spec).config
+        sized = sized_config(config, manifest)
         if self._given is not None and self._given.touched:
             problems = state_dict_problems(build_module(sized), self._given.module.state_dict(), "model")
             if problems:
@@ -245,6 +244,13 @@ class TrainingPipeline:
         export = run_dir / "checkpoints" / f"model-{self.record.steps}.pt"
         if export.is_file():
             self._trained, self._loaded = export, None
+
+
+def sized_config(config: GlowFlowConfig, manifest: Manifest) -> GlowFlowConfig:
+    """The config with the vocabulary size of the data's tokenizer."""
+    from glowflow.core.model import GlowFlowModel
+
+    return GlowFlowModel(config, {**manifest.tokenizer_spec, "vocab_size": manifest.tokenizer().vocab_size}).config
 
 
 def _is_model(value: Any) -> TypeGuard[GlowFlowModel]:

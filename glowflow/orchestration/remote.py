@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 from glowflow.config.errors import RunError
@@ -94,6 +95,7 @@ def _trainer(job: Job, monitor: tuple[str, str]) -> Any:
         "tracker": None if job.actor_tracks else list(tracker_arguments(job)),
         "gpu": gpu,
         "sequence": info.sequence if info is not None else -1,
+        "report": job.report is not None,
     }
     resources = {"CPU": cpus, **({"GPU": 1.0} if gpu else {})}
     loop: Any = train_loop
@@ -129,6 +131,10 @@ def _watch(job: Job, fit: _Fit, monitor: Any) -> None:
             job.progress.note(note)
         if state["fatal"] is not None:
             raise state["fatal"]
+        if state["report"] is not None and job.report is not None:
+            step, metrics, checkpoint = state["report"]
+            stop = job.report(step, metrics, None if checkpoint is None else Path(checkpoint))
+            ray.get(monitor.answer.remote(stop))
         if state["started"] and not training:
             training = True
             job.progress.phase("workers are up, first step ...")

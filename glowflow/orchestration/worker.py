@@ -32,7 +32,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     Args:
         settings: ``args`` (``WorkerArgs.to_dict``), ``monitor`` (name and namespace of the actor), ``tracker``
             (arguments of ``make_tracker`` where rank 0 tracks, else None), ``gpu``, ``sequence`` (number of the newest
-            checkpoint when the run was started).
+            checkpoint when the run was started), ``report`` (whether the driver answers reports).
 
     Returns:
         The summary of ``run_worker``.
@@ -109,6 +109,7 @@ def _train(args: WorkerArgs, settings: Mapping[str, Any], link: MonitorLink, tra
         sink=sink,
         stop_requested=link.stop_requested,
         on_checkpoint=on_checkpoint,
+        on_report=link.report if settings["report"] else None,
     )
 
 

@@ -8,6 +8,7 @@ directory through a ``JsonlTracker``; training then never touches MLflow.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,9 @@ from typing import Any, Protocol
 from glowflow.config.errors import PreflightError, Problem
 from glowflow.tracking.base import RunStatus
 from glowflow.tracking.client import PermanentTrackingError, connect, default_uri, flatten, redact
-from glowflow.tracking.follower import MlflowFollower
+from glowflow.tracking.follower import Link, MlflowFollower
 from glowflow.tracking.jsonl import JsonlTracker
-from glowflow.tracking.request import DatasetRef, RunRequest, ensure_run
+from glowflow.tracking.request import DatasetRef, RunRequest, check_parent, ensure_run
 
 __all__ = ["DatasetRef", "ManifestLike", "MlflowFollower", "MlflowTracker", "create_run", "dataset_refs", "default_uri"]
 
@@ -51,6 +52,9 @@ def create_run(
     tags: Mapping[str, object] | None = None,
     datasets: Sequence[DatasetRef] = (),
     config_yaml: str | None = None,
+    parent: str | None = None,
+    process: Mapping[str, Any] | None = None,
+    link: Link | None = None,
 ) -> str | None:
     """Make the MLflow run of a run directory, or take up the one it has (a resumed run goes on in it).
 
@@ -58,6 +62,9 @@ def create_run(
         config: the whole config; it becomes the run's params, flattened.
         tags: fingerprints, code version, the user's own; None values are left out.
         config_yaml: kept as the artifact ``config.yaml``.
+        parent: directory of the run of which this one is a child, relative to ``run_dir``.
+        process: who owns the run where run.json does not say so (``this_process``).
+        link: to a store that is shared; where it is known to be away, nothing is tried now.
 
     Returns:
         The MLflow run id; None where the tracker is down: the background thread or ``sync`` makes the run later.
@@ -70,24 +77,39 @@ def create_run(
     if "tracking.uri" in params:
         params["tracking.uri"] = str(redact(params["tracking.uri"]))
     strings = {str(key): str(value) for key, value in (tags or {}).items() if value is not None}
-    request = RunRequest.load(run_dir)
-    if request is None:
-        about = {"tags": strings, "params": params, "datasets": datasets, "config_yaml": config_yaml}
-        request = RunRequest(uri, experiment, name, **about)  # type: ignore[arg-type]
-    elif request.uri != uri:  # another store knows nothing of the run in the first one
-        request = replace(request, uri=uri, run_id=None, experiment_id=None)
+    known = RunRequest.load(run_dir)
+    about = {"tags": strings, "params": params, "datasets": datasets, "config_yaml": config_yaml, "parent": parent}
+    now = int(time.time() * 1000)  # the run begins now, whenever it can be made
+    request = (known or RunRequest(uri, experiment, name, start_ms=now, **about)).at(uri)  # type: ignore[arg-type]
+    have = {**request.tags, **request.late_tags}
+    late = {key: value for key, value in strings.items() if have.get(key) != value} if process else {}
+    late = {**request.late_tags, **late}
+    request = replace(request, process=process, status=None, ended_ms=None, told=None, late_tags=late)
+    link = link or Link()
+    if known is not None or link.away:
+        request.save(run_dir)
     try:
-        client = connect(uri)
-        request = ensure_run(client, request, run_dir)
-        client.update_run(str(request.run_id), status="RUNNING")
+        return request.run_id if link.away else _take_up(link, request, run_dir)
     except PermanentTrackingError as error:
         raise PreflightError(Problem("tracking.experiment", str(error), experiment)) from error
     except PreflightError:
         raise
     except Exception as error:
         request.save(run_dir)
-        logger.warning("MLflow does not answer at %s; the run is recorded in %s: %s", redact(uri), run_dir, error)
-    return request.run_id
+        link.lost(error, f"MLflow does not answer at {redact(uri)}; the run is recorded in {run_dir}")
+        return request.run_id
+
+
+def _take_up(link: Link, request: RunRequest, run_dir: Path) -> str:
+    """Make the run, or open the one that was made."""
+    client = connect(request.uri)
+    with link.turn:
+        run = ensure_run(client, request, run_dir)
+        client.update_run(str(run.run_id), status="RUNNING")
+        if request.run_id is not None and run.parent is not None:
+            check_parent(client, run, run_dir, client.get_run(request.run_id).data.tags)
+    link.found()
+    return str(run.run_id)
 
 
 class MlflowTracker(JsonlTracker):

@@ -14,6 +14,7 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,21 +28,26 @@ from glowflow.tracking.jsonl import HEARTBEAT_NAME
 
 __all__ = [
     "DEAD",
+    "JOURNAL_NAME",
     "RECORD_NAME",
     "RunRecord",
     "create_run_dir",
     "display_status",
     "find_run",
     "is_alive",
+    "is_live",
     "iter_runs",
     "new_run_name",
     "now_iso",
+    "run_name",
+    "storage_of",
     "this_process",
 ]
 
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "run.json"
+JOURNAL_NAME = "journal.jsonl"  # of a sweep, in the directory above the run directories of its trials
 DEAD = "DEAD"
 HEARTBEAT_SECONDS = 180.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
@@ -97,9 +103,17 @@ class RunRecord:
         names = {f.name for f in dataclasses.fields(cls)}
         return cls(**{"process": {}} | {key: value for key, value in record.items() if key in names})
 
+    def started_ms(self) -> int | None:
+        """When it was first started, as Unix time in milliseconds."""
+        return _milliseconds(self.started)
+
     def ended_ms(self) -> int | None:
         """When it ended, as Unix time in milliseconds."""
-        return None if self.ended is None else int(datetime.fromisoformat(self.ended).timestamp() * 1000)
+        return _milliseconds(self.ended)
+
+
+def _milliseconds(iso: str | None) -> int | None:
+    return None if iso is None else int(datetime.fromisoformat(iso).timestamp() * 1000)
 
 
 def now_iso() -> str:
@@ -133,9 +147,11 @@ def _process_exists(pid: int) -> bool:
 
 def is_alive(record: RunRecord, run_dir: str | Path) -> bool:
     """Whether a RUNNING record's process still lives, as far as can be told from here."""
-    if record.status != "RUNNING":
-        return False
-    process = record.process
+    return record.status == "RUNNING" and is_live(record.process, run_dir)
+
+
+def is_live(process: Mapping[str, Any], run_dir: str | Path) -> bool:
+    """Whether a process, as ``this_process`` describes it, still works in this directory."""
     if process.get("host") == socket.gethostname() and isinstance(process.get("pid"), int):
         if not _process_exists(process["pid"]):
             return False
@@ -192,9 +208,21 @@ def _not_writable(storage: Path, error: OSError) -> PreflightError:
 
 
 def iter_runs(storage: str | Path) -> list[Path]:
-    """The run directories in ``storage``, by name."""
+    """The run directories in ``storage``, by name; the trials of a sweep lie one level deeper."""
     storage = Path(storage).expanduser().absolute()
-    return sorted(path.parent for path in storage.glob(f"*/{RECORD_NAME}"))
+    return sorted(path.parent for level in ("*", "*/*") for path in storage.glob(f"{level}/{RECORD_NAME}"))
+
+
+def storage_of(run_dir: str | Path) -> Path:
+    """The storage that a run directory lies in, also that of a trial (STORAGE/SWEEP/TRIAL)."""
+    above = Path(run_dir).absolute().parent
+    return above.parent if (above / JOURNAL_NAME).is_file() else above
+
+
+def run_name(run_dir: str | Path) -> str:
+    """What commands call a run: its directory's name, and for a trial SWEEP/TRIAL."""
+    run_dir = Path(run_dir).absolute()
+    return run_dir.relative_to(storage_of(run_dir)).as_posix()
 
 
 def find_run(storage: str | Path, name_or_path: str | Path) -> Path:
@@ -208,8 +236,8 @@ def find_run(storage: str | Path, name_or_path: str | Path) -> Path:
     for candidate in (storage / given, given.absolute()):
         if (candidate / RECORD_NAME).is_file():
             return candidate
-    names = [path.name for path in iter_runs(storage)]
-    close = difflib.get_close_matches(given.name, names, n=3)
+    names = [path.relative_to(storage).as_posix() for path in iter_runs(storage)]
+    close = difflib.get_close_matches(str(name_or_path), names, n=3) or difflib.get_close_matches(given.name, names)
     if close:
         hint = "did you mean " + " or ".join(repr(name) for name in close) + "?"
     else:

@@ -24,6 +24,7 @@ __all__ = [
     "Spool",
     "SpoolTail",
     "curves",
+    "decode_point",
     "read_checkpoints",
     "read_points",
 ]
@@ -148,7 +149,7 @@ class SpoolTail:
         self.offset += end
         points = []
         for line in data[:end].splitlines():
-            point = _decode(line)
+            point = decode_point(line)
             if point is not None and (point.metric, point.step) not in self._seen:
                 self._seen.add((point.metric, point.step))
                 points.append(point)
@@ -229,7 +230,8 @@ def _encode(point: Point) -> str:
     return json.dumps(record)
 
 
-def _decode(line: bytes) -> Point | None:
+def decode_point(line: bytes) -> Point | None:
+    """The point in a line of a spool, None for a torn one."""
     if not line.strip():
         return None
     try:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glowflow.config.errors import GlowFlowError, Problem, RunError
-from glowflow.tracking.base import Point
+from glowflow.tracking.base import Point, RunStatus
 from glowflow.tracking.client import connect, default_uri, flatten, redact, sqlite_path
-from glowflow.tracking.files import write_json
-from glowflow.tracking.follower import SENT_NAME
-from glowflow.tracking.request import RunRequest, clean_name, ensure_run
-from glowflow.tracking.runrecord import RunRecord, is_alive
+from glowflow.tracking.follower import send_artifacts, terminate
+from glowflow.tracking.request import RunRequest, check_parent, clean_name, ensure_run, send_late_tags
+from glowflow.tracking.runrecord import RECORD_NAME, RunRecord, is_alive, is_live, run_name, storage_of
 from glowflow.tracking.sender import CheckpointSender, send_points
 from glowflow.tracking.spool import CHECKPOINTS_NAME, METRICS_NAME, read_checkpoints, read_points
 
@@ -54,7 +53,7 @@ def sync(run_dir: str | Path, *, uri: str | None = None) -> SyncReport:
         RunError: no such run, or the tracker cannot be reached or refuses it.
     """
     run_dir = Path(run_dir)
-    record = RunRecord.load(run_dir)
+    record = _record(run_dir)
     request = _request(run_dir, record, uri)
     try:
         client = connect(request.uri)
@@ -68,30 +67,40 @@ def sync(run_dir: str | Path, *, uri: str | None = None) -> SyncReport:
         raise RunError(
             Problem("tracking.uri", f"MLflow cannot be brought level: {error}", redact(request.uri), hint)
         ) from error
-    if record.mlflow_run_id != request.run_id:
+    if record is not None and record.mlflow_run_id != request.run_id:
         replace(record, mlflow_run_id=request.run_id, mlflow_uri=redact(request.uri)).save(run_dir)
     return report
 
 
-def _request(run_dir: Path, record: RunRecord, uri: str | None) -> RunRequest:
+def _record(run_dir: Path) -> RunRecord | None:
+    """run.json; None for a sweep, and for a trial that was asked for and never began."""
+    if not (run_dir / RECORD_NAME).is_file() and RunRequest.load(run_dir) is not None:
+        return None
+    return RunRecord.load(run_dir)
+
+
+def _request(run_dir: Path, record: RunRecord | None, uri: str | None) -> RunRequest:
     """The request the run was begun with, or one made from run.json (backend jsonl)."""
-    request = RunRequest.load(run_dir)
+    request, storage = RunRequest.load(run_dir), storage_of(run_dir)
     if request is None:
+        assert record is not None
         tracking = record.config.get("tracking", {})
         request = RunRequest(
-            uri or default_uri(run_dir.parent, tracking.get("uri")),
+            uri or default_uri(storage, tracking.get("uri")),
             tracking.get("experiment", "glowflow"),
-            record.run,
+            run_name(run_dir),
             tags={f"glowflow.{key}_fingerprint": str(value) for key, value in record.fingerprints.items()},
             params=flatten(record.config),
+            start_ms=record.started_ms(),
+            parent=".." if storage != run_dir.absolute().parent else None,
         )
         request.save(run_dir)
-    if uri is not None and uri != request.uri:
-        return replace(request, uri=uri, run_id=None, experiment_id=None)
+    if uri is not None:
+        return request.at(uri)
     path = sqlite_path(request.uri)
-    if path is not None and not path.exists() and (run_dir.parent / path.name).exists():
+    if path is not None and not path.exists() and (storage / path.name).exists():
         # The storage was moved, its store with it: the run is known there.
-        request = replace(request, uri=f"sqlite:///{run_dir.absolute().parent / path.name}")
+        request = replace(request, uri=f"sqlite:///{storage / path.name}")
         request.save(run_dir)
     return request
 
@@ -106,6 +115,10 @@ def _level(client: MlflowClient, request: RunRequest, run_dir: Path) -> SyncRepo
     events = read_checkpoints(run_dir / CHECKPOINTS_NAME)
     checkpoints = sender.send(events)
     sender.mark_pruned(events)
+    have = client.get_run(request.run_id).data.tags
+    send_late_tags(client, request, have)
+    check_parent(client, request, run_dir, have)
+    send_artifacts(client, request, run_dir)
     sent = len(lacking) - missing
     return SyncReport(request.name, request.run_id, sent, len(points) - len(lacking), missing, checkpoints)
 
@@ -118,14 +131,24 @@ def _lacking(client: MlflowClient, run_id: str, points: list[Point]) -> list[Poi
     return [point for point in points if point.step not in have[clean_name(point.metric)]]
 
 
-def _set_status(client: MlflowClient, request: RunRequest, record: RunRecord, run_dir: Path) -> None:
-    """The status of run.json; a run whose process died without a word is KILLED. A live one keeps RUNNING."""
-    assert request.run_id is not None
-    if record.status == "RUNNING" and is_alive(record, run_dir):
+def _set_status(client: MlflowClient, request: RunRequest, record: RunRecord | None, run_dir: Path) -> None:
+    """The status its owner left behind; a run whose process died without a word is KILLED. A live one keeps RUNNING."""
+    status = _status(request, record, run_dir)
+    if status == "RUNNING":
         return
-    status = "KILLED" if record.status == "RUNNING" else record.status
-    info = client.get_run(request.run_id).info
-    if info.status != status:
-        client.set_terminated(request.run_id, status, end_time=record.ended_ms())
+    info = client.get_run(str(request.run_id)).info
+    ended = request.ended_ms or (record.ended_ms() if record is not None else None)
+    if ended is None and info.status == status:
+        ended = info.end_time  # a dead run died before it was looked at for the first time
     size = (run_dir / METRICS_NAME).stat().st_size if (run_dir / METRICS_NAME).exists() else 0
-    write_json(run_dir / SENT_NAME, {"run_id": request.run_id, "offset": size})
+    terminate(client, replace(request, ended_ms=ended), run_dir, status, size)
+
+
+def _status(request: RunRequest, record: RunRecord | None, run_dir: Path) -> RunStatus:
+    if request.status is not None:
+        return request.status
+    if record is not None and record.status != "RUNNING":
+        return record.status
+    alive = record is not None and is_alive(record, run_dir)
+    owned = request.process is not None and is_live(request.process, run_dir)
+    return "RUNNING" if alive or owned else "KILLED"

@@ -1,16 +1,16 @@
-"""Text tables of what ``queries`` answers."""
+"""Text tables, and those of what ``queries`` answers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["format_comparison", "format_run", "format_runs", "table"]
+__all__ = ["cell", "format_run", "format_runs", "table"]
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns as wide as their widest cell, numbers to the right."""
-    cells = [[_cell(value) for value in row] for row in rows]
+    cells = [[cell(value) for value in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
     numbers = (int, float, type(None))
     right = [bool(rows) and all(isinstance(row[i], numbers) for row in rows) for i in range(len(headers))]
@@ -22,11 +22,12 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([line(headers), line(["-" * width for width in widths]), *(line(row) for row in cells)])
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """A value as tables show it: ``-`` for none, numbers with four decimals, small and large ones with four digits."""
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) >= 1e5 or 0 < abs(value) < 1e-3 else f"{value:.4f}".rstrip("0").rstrip(".")
+        return f"{value:.4g}" if abs(value) >= 1e5 or 0 < abs(value) < 0.1 else f"{value:.4f}".rstrip("0").rstrip(".")
     return str(value)
 
 
@@ -48,7 +49,9 @@ def format_run(shown: Mapping[str, Any]) -> str:
     """The page of ``glowflow runs show``: one line a fact, nested ones dotted."""
     simple = {key: value for key, value in shown.items() if key not in ("config", "checkpoints", "process")}
     if shown["status"] == "RUNNING" and not shown["alive"]:
-        simple["status"] = f"DEAD: its process is gone; to go on: glowflow train --resume {shown['run']}"
+        sweep, is_trial, _ = shown["run"].partition("/")
+        resume = f"sweep --resume {sweep}" if is_trial else f"train --resume {shown['run']}"
+        simple["status"] = f"DEAD: its process is gone; to go on: glowflow {resume}"
     lines: list[tuple[str, object]] = []
     for key, value in simple.items():
         if isinstance(value, Mapping):
@@ -57,14 +60,4 @@ def format_run(shown: Mapping[str, Any]) -> str:
             lines.append((key, value))
     lines.extend(("checkpoint", checkpoint) for checkpoint in shown.get("checkpoints", []))
     width = max(len(key) for key, _ in lines)
-    return "\n".join(f"{key.ljust(width)}  {_cell(value)}" for key, value in lines)
-
-
-def format_comparison(comparison: Mapping[str, Any]) -> str:
-    """The table of ``glowflow runs compare``: differing config keys first, then what each run arrived at."""
-    rows: list[list[object]] = [["status", *comparison["status"]], ["last_step", *comparison["last_step"]]]
-    rows += [[key, *values] for key, values in comparison["config"].items()]
-    rows += [[f"final.{key}", *values] for key, values in comparison["metrics"].items()]
-    rows += [[f"best.{key}", *values] for key, values in comparison["best"].items()]
-    rows.append(["tokens_per_second", *comparison["tokens_per_second"]])
-    return table(["", *comparison["runs"]], rows)
+    return "\n".join(f"{key.ljust(width)}  {cell(value)}" for key, value in lines)

@@ -36,6 +36,7 @@ from glowflow.training.checkpoint import CheckpointInfo, CheckpointStore, list_c
 from glowflow.training.markers import checkpoint_path
 from glowflow.training.meters import StepBuffer, StepClock, memory_mib
 from glowflow.training.precision import LossScaler, autocast, name_steps, nonfinite_error
+from glowflow.training.result import LoopResult
 from glowflow.training.schedulers import build_schedule
 from glowflow.training.seeds import seed_forward
 from glowflow.training.strategies import Strategy
@@ -59,6 +60,8 @@ class LoopInputs:
         tokenizer_spec: goes into checkpoints and exports.
         initial_state: full weights to start from instead of drawing them from the seed.
         stop_requested: polled at step boundaries; the run then saves a checkpoint and ends as KILLED.
+        report: called on rank 0 with (step, metrics, checkpoint or None) after every validation but the last step's,
+            once the checkpoint of this step is complete where one was due; may wait. True ends the run as KILLED.
         extra: more JSON-able content for the checkpoints.
     """
 
@@ -70,24 +73,8 @@ class LoopInputs:
     tokenizer_spec: dict[str, Any] = field(default_factory=dict)
     initial_state: Mapping[str, Tensor] | None = None
     stop_requested: Callable[[], bool] = lambda: False
+    report: Callable[[int, dict[str, float], Path | None], bool] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class LoopResult:
-    """How a run ended; ``status`` is FINISHED or KILLED (stopped cleanly, can be resumed)."""
-
-    status: str
-    step: int
-    tokens: int
-    final: dict[str, float]
-    checkpoints: list[str]
-    seconds: float
-    best: dict[str, float] = field(default_factory=dict)
-    exports: list[str] = field(default_factory=list)
-    tokens_per_second: float | None = None
-    step_time_ms: float | None = None
-    goodput: float | None = None
 
 
 class TrainLoop:
@@ -256,7 +243,23 @@ class TrainLoop:
         measured = self._validate() if validate else {}
         if save or stop:
             self._save(measured)
+        if validate and not last and not stop and self.inputs.report is not None:
+            stop = self._report(saved=save)
+            if stop and not save:
+                self._save(measured)
         return stop and not last
+
+    def _report(self, *, saved: bool) -> bool:
+        """Hand over what was measured and wait for the answer of whoever compares runs; all ranks agree on it."""
+        assert self.inputs.report is not None
+        if saved:
+            self._finish_checkpoint()  # whoever reads the report may go on from it at once
+        stop = False
+        if self.strategy.rank == 0:
+            stop = self.inputs.report(
+                self.step, dict(self.latest), checkpoint_path(self.run_dir, self.step) if saved else None
+            )
+        return bool(self.strategy.all_reduce(torch.tensor(float(stop), device=self.device), "max").item())
 
     def _log(self) -> bool:
         """Read the device once, agree over ranks, tell the callbacks; True when some rank was asked to stop."""

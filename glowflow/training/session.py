@@ -109,6 +109,7 @@ def run_worker(
     sink: Callable[[Sequence[Point]], None] | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     on_checkpoint: Callable[[int, str, dict[str, float]], None] | None = None,
+    on_report: Callable[[int, dict[str, float], Path | None], bool] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Train one worker's share from start or checkpoint to the end.
@@ -121,6 +122,7 @@ def run_worker(
         sink: gets lists of (metric, step, value, timestamp in ms); called on rank 0 only.
         stop_requested: polled on every rank; one that says True stops all at a step boundary, with a checkpoint.
         on_checkpoint: called with (step, path, metrics) on every rank for each complete checkpoint.
+        on_report: ``LoopInputs.report``; given on all ranks or on none.
         callbacks: more callbacks, called after the built-in ones.
 
     Returns:
@@ -147,7 +149,7 @@ def run_worker(
     strategy = make_strategy(config.training.strategy, device=device, precision=config.training.precision)
     inputs = _inputs(config, sources, strategy, open_stream, open_eval_stream)
     inputs.initial_state = None if resume else _initial_state(args.initial_weights)
-    inputs.stop_requested, inputs.extra = stop_requested, dict(args.extra)
+    inputs.stop_requested, inputs.extra, inputs.report = stop_requested, dict(args.extra), on_report
     built_in = _callbacks(config, run_dir, strategy, sink, on_checkpoint)
     loop = TrainLoop(config, run_dir=run_dir, strategy=strategy, inputs=inputs, callbacks=[*built_in, *callbacks])
     inputs.initial_state = None  # the parameters hold it now

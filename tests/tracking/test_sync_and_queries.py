@@ -1,4 +1,4 @@
-"""`runs sync`, list, show, compare and the UI's plan, on a real SQLite store."""
+"""`runs sync`, list, show and the UI's plan, on a real SQLite store."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from glowflow.tracking.base import Point
 from glowflow.tracking.client import connect
 from glowflow.tracking.jsonl import JsonlTracker
 from glowflow.tracking.mlflow import create_run
-from glowflow.tracking.queries import compare_runs, list_runs, show_run
+from glowflow.tracking.queries import list_runs, show_run
 from glowflow.tracking.runrecord import RunRecord
 from glowflow.tracking.sender import send_points
 from glowflow.tracking.spool import read_points
 from glowflow.tracking.sync import sync
-from glowflow.tracking.tables import format_comparison, format_run, format_runs
+from glowflow.tracking.tables import format_run, format_runs
 from glowflow.tracking.ui import free_port, ui_plan
 
 
@@ -147,20 +147,6 @@ def test_show_repeats_run_json(storage: Path, uri: str) -> None:
     assert report.mlflow_run_id in format_run(shown) and "final.val_loss" in format_run(shown)
     with pytest.raises(RunError, match="did you mean 'one'"):
         show_run(storage, "onee")
-
-
-def test_compare_shows_what_differs(storage: Path) -> None:
-    train(storage, "a", lr=1e-3)
-    train(storage, "b", lr=3e-4, steps=40)
-    comparison = compare_runs(storage, ["a", "b"])
-    assert comparison["config"] == {"training.lr": ["0.001", "0.0003"], "training.max_steps": ["30", "40"]}
-    assert comparison["metrics"]["train_loss"] == [5 / 30, 5 / 40]
-    assert comparison["last_step"] == [29, 39]
-    table = format_comparison(comparison)
-    assert "training.lr" in table and "model.dim" not in table and table.splitlines()[0].split() == ["a", "b"]
-    with pytest.raises(RunError) as caught:
-        compare_runs(storage, ["a", "x1", "x2"])
-    assert len(caught.value.problems) == 2
 
 
 def test_ui_is_planned_on_loopback_with_the_right_store(storage: Path, uri: str, tmp_path: Path) -> None:

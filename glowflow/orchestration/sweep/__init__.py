@@ -1,0 +1,1 @@
+"""Sweeps: many training runs of one config, searched and scheduled by Ray Tune, recorded in a journal of our own."""

@@ -344,9 +344,15 @@ def _name(groups: Sequence[dict[str, Any]], *, every_key: bool) -> None:
     params = _columns([group["params"] for group in groups])
     differ = [key for key in groups[0]["params"] if every_key or any(v != params[key][0] for v in params[key])]
     labels = [group["group"] for group in groups]
-    for group, label in zip(groups, labels, strict=True):
-        text = ", ".join(f"{key}={group['params'][key]}" for key in differ) or "all"
+    short = [", ".join(f"{key}={_short(group['params'][key])}" for key in differ) or "all" for group in groups]
+    exact = [", ".join(f"{key}={group['params'][key]}" for key in differ) or "all" for group in groups]
+    for group, label, brief, full in zip(groups, labels, short, exact, strict=True):
+        text = brief if short.count(brief) == 1 else full
         group["group"] = text if label is None else label if labels.count(label) == 1 else f"{label}: {text}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _check_by(by: Iterable[str], runs: Sequence[Run]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from pathlib import Path
@@ -47,15 +48,17 @@ def list_command(
     as_json: bool,
 ) -> None:
     """All runs, newest first; the trials of a sweep as SWEEP/TRIAL."""
-    from glowflow.experiments.journal import find_sweep
     from glowflow.tracking.queries import list_runs
     from glowflow.tracking.tables import format_runs
 
     name = None if sweep is None else Path(sweep).name
     rows = list_runs(storage, uri=uri, experiment=experiment, sweep=name, statuses=statuses, limit=limit)
     if sweep is not None and not rows and not statuses:
+        from glowflow.experiments.journal import find_sweep
+
         find_sweep(storage, sweep)  # says what it might have been
     echo_json(rows) if as_json else click.echo(format_runs(rows))
+    _leave_quickly()
 
 
 @runs.command()
@@ -110,6 +113,12 @@ def compare(
         echo_json(comparison)
     elif out is None:
         click.echo(text)
+    _leave_quickly()
+
+
+def _leave_quickly() -> None:
+    """Else Python looks through the hundreds of thousands of objects that MLflow leaves behind before it ends."""
+    gc.freeze()
 
 
 def _write(path: str, text: str) -> None:

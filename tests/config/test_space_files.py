@@ -230,7 +230,7 @@ def test_batches_see_equal_tokens_and_the_same_validation(repository: Path) -> N
 
 def test_the_shipped_numbers_that_the_documents_quote(repository: Path) -> None:
     rates = load_space(repository / "tune_spaces" / "lr.yaml")
-    assert rates.scheduler == Scheduler("asha", grace_steps=25, reduction_factor=3, interval_steps=25)
+    assert rates.scheduler == Scheduler("asha", grace_steps=25, reduction_factor=4, interval_steps=25)
     assert (rates.trials, rates.metrics, rates.fixed) == (8, ("val_loss",), {"resources.workers": 1})
     table = load_space(repository / "tune_spaces" / "variants.yaml")
     assert table.fixed["training.max_steps"] == 500 and table.seed_values(0) == (0, 1, 2)

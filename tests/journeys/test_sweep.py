@@ -282,6 +282,7 @@ def test_a_metric_that_is_never_reported_ends_the_sweep_with_its_name(home: Path
     assert read_journal(home / "runs" / "strange").status == "FAILED"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_the_sweep_goes_on_later(home: Path) -> None:
     log = home / "stopped.log"
     process = start("sweep", "tiny.yaml", home / "random.yaml", "--name", "stopped", cwd=home, log=log)

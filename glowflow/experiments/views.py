@@ -241,14 +241,16 @@ def left_out(results: Results, keys: Sequence[str]) -> str:
 def window(values: Sequence[float], mode: str) -> tuple[float, float]:
     """The range that a scale shows: from the best value to the worst that is not far out of all proportion.
 
-    Out of proportion is what lies more than 15 times as far from the best as the median does.
+    Out of proportion is what lies more than 15 times as far from the best as the median does, and more than twice the
+    best: where seeds agree to the third digit, a variant that is a quarter worse still belongs into the picture.
     """
     if not values:
         return 0.0, 1.0
     best = min(values) if mode == "min" else max(values)
     distances = sorted(abs(value - best) for value in values)
-    reach = _PROPORTION * distances[len(distances) // 2]
-    kept = [value for value in values if abs(value - best) <= reach] if len(values) >= 4 and reach > 0 else values
+    middle = distances[len(distances) // 2]
+    reach = max(_PROPORTION * middle, abs(best))
+    kept = [value for value in values if abs(value - best) <= reach] if len(values) >= 4 and middle > 0 else values
     return min(kept), max(kept)
 
 

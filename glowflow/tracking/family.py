@@ -25,7 +25,7 @@ from glowflow.tracking.files import read_json
 from glowflow.tracking.follower import SENT_NAME, Link, MlflowFollower
 from glowflow.tracking.mlflow import create_run
 from glowflow.tracking.reading import StoreReader, parse_param
-from glowflow.tracking.request import KIND_TAG, STATE_NAME, SWEEP_TAG, DatasetRef, RunRequest, change_request
+from glowflow.tracking.request import KIND_TAG, STATE_NAME, DatasetRef, RunRequest, change_request
 from glowflow.tracking.runrecord import JOURNAL_NAME, RECORD_NAME, this_process
 from glowflow.tracking.spool import METRICS_NAME, Spool
 from glowflow.tracking.sync import SyncReport, sync
@@ -159,7 +159,7 @@ class SweepTracking:
             config=config,
             uri=self._uri,
             experiment=self._experiment,
-            tags={**(tags or {}), KIND_TAG: "trial", SWEEP_TAG: self.sweep_dir.name},
+            tags=tags,
             datasets=datasets,
             config_yaml=config_yaml,
             parent="..",

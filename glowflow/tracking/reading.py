@@ -26,6 +26,7 @@ from glowflow.config.errors import GlowFlowError, Problem, RunError
 from glowflow.tracking.base import Point
 from glowflow.tracking.client import connect, redact, sqlite_path
 from glowflow.tracking.curves import Curve
+from glowflow.tracking.request import KIND_TAG, SWEEP_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -168,10 +169,11 @@ def find_runs(client: MlflowClient, experiment: str | None, condition: str = "")
 
 def _mlflow_run(run: Any) -> MlflowRun:
     info, data = run.info, run.data
+    sweep = data.tags.get(SWEEP_TAG) if data.tags.get(KIND_TAG) == "trial" else None
     stopped = info.status == "KILLED" and data.tags.get(TRIAL_STATUS_TAG) == "STOPPED"
     return MlflowRun(
         run_id=info.run_id,
-        name=info.run_name,
+        name=f"{sweep}/{info.run_name}" if sweep else info.run_name,
         status="STOPPED" if stopped else info.status,
         started_ms=info.start_time,
         ended_ms=info.end_time or None,

@@ -169,7 +169,10 @@ def _make(client: MlflowClient, experiment: str, request: RunRequest, run_dir: P
     tags = {clean_name(key): value[:_MAX_TAG] for key, value in tags.items()} | {TOKEN_TAG: request.token}
     parent = _parent_id(client, request, run_dir)
     tags |= {PARENT_TAG: parent} if parent else {}
-    run = client.create_run(experiment, start_time=request.start_ms, tags=tags, run_name=request.name)
+    # MLflow's pages cut names off on the right: trials must not all begin with their sweep's name.
+    sweep, _, name = request.name.rpartition("/")
+    tags |= {KIND_TAG: "trial", SWEEP_TAG: sweep} if sweep else {}
+    run = client.create_run(experiment, start_time=request.start_ms, tags=tags, run_name=name)
     return str(run.info.run_id)
 
 

@@ -69,7 +69,8 @@ class CheckpointSender:
     """
 
     def __init__(self, client: MlflowClient, run_id: str, experiment: str, run_name: str) -> None:
-        self._client, self._run_id, self._experiment, self._run_name = client, run_id, experiment, run_name
+        self._client, self._run_id, self._experiment = client, run_id, experiment
+        self._run_name = run_name.rpartition("/")[2]
         self._known: dict[int, str] | None = None
 
     def known(self) -> dict[int, str]:

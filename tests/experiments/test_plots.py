@@ -104,6 +104,8 @@ def test_a_window_leaves_out_what_diverged_and_nothing_else() -> None:
     assert views.window([2.3, 2.4, 2.5, 2.7, 900.0], "min") == (2.3, 2.7)
     assert views.window([0.9, 0.8, 0.7, -50.0], "max") == (0.7, 0.9)
     assert views.window([2.3, 2.4, 2.5, 4.0], "min") == (2.3, 4.0)
+    # Seeds that agree do not push a variant out that is a quarter worse.
+    assert views.window([1.93, 1.94, 1.93, 1.94, 2.51, 2.5], "min") == (1.93, 2.51)
     assert views.window([2.0, 9000.0], "min") == (2.0, 9000.0)  # two values: which one is out of proportion?
     assert views.window([2.0], "min") == (2.0, 2.0)
     assert views.window([2.0, 2.0, 2.0, 5.0], "min") == (2.0, 5.0)

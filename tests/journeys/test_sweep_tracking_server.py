@@ -40,7 +40,7 @@ def test_a_server_that_is_late_and_dies_in_between_gets_one_family(server: Serve
     train(third, 0, 20)
     assert tracking.close_trial(third, "FINISHED", timeout=60)
     (parent,), children = family(server.uri)
-    assert {"lr/002"} <= {run.info.run_name for run in children} and parent.info.run_id == tracking.run_id
+    assert {"002"} <= {run.info.run_name for run in children} and parent.info.run_id == tracking.run_id
     server.kill()
     train(second, 5, 40)
     tracking.close_trial(second, "FINISHED", timeout=3)

@@ -110,7 +110,7 @@ def test_one_parent_and_a_child_per_trial_with_all_that_was_said_of_them(storage
     artifacts = storage / "mlartifacts" / parent.info.run_id / "artifacts"
     assert (artifacts / "report" / "report.md").read_text() == "# lr\n"
     assert "dim: 8" in (artifacts / "config.yaml").read_text()
-    assert [run.info.run_name for run in children] == ["lr/000", "lr/001", "lr/002", "lr/003"]
+    assert [run.info.run_name for run in children] == ["000", "001", "002", "003"]
     assert [run.info.status for run in children] == ["FINISHED"] * 3 + ["KILLED"]
     assert all(run.data.tags["rung"] == "1" and run.data.tags["glowflow.sweep.name"] == "lr" for run in children)
     assert [run.data.params["training.lr"] for run in children] == ["0.001", "0.002", "0.003", "0.004"]
@@ -200,7 +200,7 @@ def test_a_child_whose_parent_could_only_be_made_later_gets_it(storage: Path, ur
     tracking.close("FINISHED")
     sync(run_dir, uri=uri)  # the child alone: it needs its parent
     (parent,), (child,) = family(uri)
-    assert parent.info.run_name == "lr" and child.info.run_name == "lr/000"
+    assert parent.info.run_name == "lr" and child.info.run_name == "000"
     sync_sweep(storage / "lr", uri=uri)
     assert [len(runs) for runs in family(uri)] == [1, 1]
 
@@ -317,7 +317,7 @@ def test_sync_makes_a_family_of_a_sweep_that_ran_without_mlflow(storage: Path, u
         train(sweep_dir / name, 0, 5)
     sync_sweep(sweep_dir)
     parents, children = family(uri)
-    assert [run.info.run_name for run in [*parents, *children]] == ["alone", "alone/000", "alone/001"]
+    assert [run.info.run_name for run in [*parents, *children]] == ["alone", "000", "001"]
     assert not list(sweep_dir.glob("*.db"))
     (storage / "broken").mkdir()
     (storage / "broken" / "journal.jsonl").write_text("{}\n")

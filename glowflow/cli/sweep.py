@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,10 @@ class _SweepGroup(click.Group):
 
 @click.group(cls=_SweepGroup, no_args_is_help=True)
 def sweep() -> None:
-    """Search or compare over any config: sweep CONFIG SPACE [key=value ...], status SWEEP, report SWEEP."""
+    """Search or compare over any config: sweep CONFIG SPACE [key=value ...], status SWEEP, report SWEEP.
+
+    The options of a sweep (--trials, --seeds, --resume, --dry-run, ...): glowflow sweep run --help
+    """
 
 
 @sweep.command()
@@ -126,7 +130,6 @@ def _end(state: Any, as_json: bool) -> int:
 
 
 def _show_plan(prepared: Any, as_json: bool) -> None:
-    from glowflow.orchestration.sweep.settings import rungs
     from glowflow.tracking.tables import table
 
     settings, space = prepared.settings, prepared.space
@@ -141,7 +144,7 @@ def _show_plan(prepared: Any, as_json: bool) -> None:
         "scheduler": space.scheduler.name,
         "max_steps": prepared.max_steps,
         "report_every": settings.interval,
-        "rungs": rungs(space, settings.interval, prepared.max_steps),
+        "rungs": space.scheduler.rungs(settings.interval, prepared.max_steps),
         "concurrency": settings.slots.concurrency,
         "in_process": settings.slots.in_process,
         "points": points,
@@ -177,18 +180,21 @@ def status(name: str, storage: str, follow: bool, as_json: bool) -> None:
     from glowflow.experiments.journal import find_sweep, read_journal
     from glowflow.experiments.status import format_status, sweep_json
 
-    sweep_dir, before = find_sweep(storage, name), ""
+    sweep_dir, before, began = find_sweep(storage, name), None, datetime.now(timezone.utc)
+    live = follow and sys.stdout.isatty()
     while True:
         state = read_journal(sweep_dir)
         if as_json:
             echo_json(sweep_json(state))
             return
-        text = format_status(state)
-        if text != before:
-            click.echo(text)
+        news = format_status(state, now=began)  # the clock alone is none
+        if live:
+            click.clear()
+        if live or news != before:
+            click.echo(format_status(state) if live or before is None else f"\n{format_status(state)}")
         if not follow or state.status != "RUNNING":
             return
-        before = text
+        before = news
         time.sleep(2)
 
 

@@ -123,13 +123,9 @@ def _rung_column(state: SweepState, space: Space) -> tuple[str, list[str], bool]
     if scheduler.name in ("pbt", "pb2"):
         cells = [f"{len(t.lineage)} (from {t.lineage[-1]['donor']})" if t.lineage else "0" for t in trials]
         return "copies", cells, False
-    if scheduler.name not in ("asha", "hyperband"):
+    rungs = scheduler.rungs(int(state.about.get("interval") or 0) or 1, int(state.about.get("max_steps") or 0) or 1)
+    if not rungs:
         return None
-    step = float(scheduler.grace_steps or scheduler.interval_steps or state.about.get("interval") or 0)
-    rungs: list[int] = []
-    while 0 < step < int(state.about.get("max_steps") or 0):
-        rungs.append(round(step))
-        step *= scheduler.reduction_factor
     return "rung", [f"{sum(rung <= trial.step for rung in rungs)}/{len(rungs)}" for trial in trials], True
 
 

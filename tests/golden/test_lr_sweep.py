@@ -35,7 +35,7 @@ def scheduler(repository: Path) -> Any:
     space = load_space(repository / "tune_spaces" / "lr.yaml")
     base = apply_overrides(config, space.fixed)
     settings = settle(base, space, Path("/x"), cpus=2, gpus=0, accelerator="cpu")
-    made = make_scheduler(settings, base.training.max_steps)
+    made = make_scheduler(settings, base.training.max_steps, 8)
     made.set_search_properties(OBJECTIVE, "min")
     return made
 

@@ -10,7 +10,7 @@ import pytest
 from glowflow.config.errors import PreflightError
 from glowflow.config.loader import apply_overrides, load_config
 from glowflow.config.space import load_space
-from glowflow.orchestration.sweep.settings import SweepSettings, rungs, settle
+from glowflow.orchestration.sweep.settings import SweepSettings, settle
 from tests.journeys.support import TINY
 
 SPACE: dict[str, Any] = {"space": {"training.lr": {"loguniform": [1e-4, 1e-2]}}, "trials": 4}
@@ -85,5 +85,5 @@ def test_schedulers_that_pause_trials_get_a_checkpoint_at_every_report_and_keep_
 
 def test_rungs_are_the_steps_at_which_trials_are_compared() -> None:
     space = load_space({**SPACE, "scheduler": {"name": "asha", "grace_steps": 25, "reduction_factor": 3}})
-    assert rungs(space, 25, 200) == [25, 75]
-    assert rungs(load_space(SPACE), 25, 200) == []
+    assert space.scheduler.rungs(25, 200) == [25, 75]
+    assert load_space(SPACE).scheduler.rungs(25, 200) == []

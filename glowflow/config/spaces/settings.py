@@ -5,6 +5,7 @@ Every reader takes what stands in the file and gives the value and all that is w
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -95,6 +96,34 @@ class Scheduler:
     min_samples: int = 3
     quantile: float = 0.25
     resample_probability: float = 0.25
+
+    def rungs(self, interval: int, max_steps: int) -> list[int]:
+        """Steps at which trials are compared and only the best go on, the last step excluded.
+
+        Of ``hyperband`` those of all brackets: a trial meets those of its own.
+
+        Args:
+            interval: steps between two reports.
+        """
+        if self.name == "hyperband":
+            return [report * interval for report in self._milestones(-(-max_steps // interval))]
+        if self.name != "asha":
+            return []
+        found, step = [], float(self.grace_steps or interval)
+        while step < max_steps:
+            found.append(round(step))
+            step *= self.reduction_factor
+        return found
+
+    def _milestones(self, reports: int) -> list[int]:
+        """At which of its reports a trial is compared, over all brackets, as Tune's HyperBand reckons."""
+        found = set()
+        for halvings in range(1, round(math.log(reports, self.reduction_factor)) + 1):
+            milestone = int(reports * self.reduction_factor**-halvings)
+            for _ in range(halvings if milestone else 0):
+                found.add(milestone)
+                milestone = int(min(milestone * self.reduction_factor, reports))
+        return sorted(found - {reports})
 
     def to_dict(self) -> dict[str, Any]:
         """Its form in a space file."""

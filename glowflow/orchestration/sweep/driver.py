@@ -320,6 +320,7 @@ class _TuneThread(threading.Thread):
         book, settings, space = self._book, self._settings, self._prepared.space
         book.closed = lambda: self._stop_rule.requested
         random.seed(space.searcher.seed)  # population schedulers draw from the global generator
+        planned = book.num_trials - len(book.over())
         trainable = tune.with_parameters(SweepTrial, settings=settings)
         return tune.Tuner(
             tune.with_resources(trainable, settings.slots.tune_resources()),
@@ -327,7 +328,7 @@ class _TuneThread(threading.Thread):
                 metric=OBJECTIVE,
                 mode=space.modes[0],
                 search_alg=BookSearch(book),
-                scheduler=WatchedScheduler(make_scheduler(settings, self._prepared.max_steps), book),
+                scheduler=WatchedScheduler(make_scheduler(settings, self._prepared.max_steps, planned), book),
                 num_samples=book.num_trials,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: str(trial.trial_id),

@@ -17,7 +17,7 @@ from glowflow.config.schema import GlowFlowConfig
 from glowflow.config.space import Space
 from glowflow.orchestration import cluster
 
-__all__ = ["MIN_FAILED", "Slots", "SweepSettings", "rungs", "settle"]
+__all__ = ["MIN_FAILED", "Slots", "SweepSettings", "settle"]
 
 MIN_FAILED = 3  # so many trials must have failed before the sweep gives up
 # Schedulers that pause trials or copy weights need a checkpoint at every report.
@@ -97,18 +97,6 @@ class SweepSettings:
             # A donor's checkpoint must still be there when the trial that copies it gets its turn.
             places |= {"training.checkpoint_interval": self.interval, "training.keep_checkpoints": 1000}
         return apply_overrides(base, {**space.fixed, **params, **places})
-
-
-def rungs(space: Space, interval: int, max_steps: int) -> list[int]:
-    """Steps at which ``asha`` and ``hyperband`` compare trials, the last one excluded."""
-    scheduler = space.scheduler
-    if scheduler.name not in ("asha", "hyperband"):
-        return []
-    found, step = [], float(scheduler.grace_steps or interval)
-    while step < max_steps:
-        found.append(round(step))
-        step *= scheduler.reduction_factor
-    return found
 
 
 def settle(

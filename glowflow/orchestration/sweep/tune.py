@@ -21,6 +21,7 @@ from ray.tune.schedulers import (
     PopulationBasedTraining,
     TrialScheduler,
 )
+from ray.tune.schedulers.hyperband import _Bracket as RayBracket
 from ray.tune.search import SearchAlgorithm, Searcher, SearchGenerator
 
 from glowflow.config.space import RandomDraw, Space
@@ -28,7 +29,7 @@ from glowflow.orchestration.sweep.book import SweepBook
 from glowflow.orchestration.sweep.settings import SweepSettings
 from glowflow.orchestration.sweep.trainable import OBJECTIVE, PAYLOAD, STEP
 
-__all__ = ["BookCallback", "BookSearch", "StopWhen", "WatchedScheduler", "make_scheduler"]
+__all__ = ["BookCallback", "BookSearch", "FullBrackets", "StopWhen", "WatchedScheduler", "make_scheduler"]
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class WatchedScheduler(_NeverSaved, TrialScheduler):
     """Another scheduler, whose decisions the book learns, and which learns what earlier drivers have seen."""
 
     def __init__(self, inner: TrialScheduler, book: SweepBook) -> None:
-        self._inner, self._book = inner, book
+        self._inner, self._book, self._comparing = inner, book, False
 
     @property
     def metric(self) -> Any:
@@ -175,7 +176,11 @@ class WatchedScheduler(_NeverSaved, TrialScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         self._book.reported(trial.trial_id, _payload(result) or {})
-        decision = str(self._inner.on_trial_result(tune_controller, trial, result))
+        self._comparing = True
+        try:
+            decision = str(self._inner.on_trial_result(tune_controller, trial, result))
+        finally:
+            self._comparing = False
         if decision == TrialScheduler.STOP:
             self._book.decided(trial.trial_id, int(result[STEP]))
         return decision
@@ -184,6 +189,9 @@ class WatchedScheduler(_NeverSaved, TrialScheduler):
         self._inner.on_trial_complete(tune_controller, trial, result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        if self._comparing:  # a result of another trial has decided about this one, which is paused
+            name = self._book.name_of(trial.trial_id)
+            self._book.decided(trial.trial_id, self._book.state.trials[name].step)
         self._inner.on_trial_remove(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
@@ -218,8 +226,56 @@ def _payload(result: dict[str, Any] | None) -> dict[str, Any] | None:
 # -- schedulers -------------------------------------------------------------------------------------------------------
 
 
-def make_scheduler(settings: SweepSettings, max_steps: int) -> TrialScheduler:
-    """Tune's scheduler for a space; time is counted in optimiser steps."""
+class _Bracket(RayBracket):
+    """One that is full once it was given all its trials, whether they still train or not."""
+
+    def filled(self) -> bool:
+        return len(self._all_trials) >= self._n0
+
+
+class FullBrackets(HyperBandScheduler):
+    """HyperBand that compares the trials of a bracket when the bracket is full.
+
+    Ray's own halves what has been added when all of that has come to the milestone, and takes a bracket that trials
+    have left for one with room. Trials that take turns in fewer slots than a bracket holds come and go one after the
+    other, so that nobody would ever be stopped.
+
+    Args:
+        planned: how many trials will be added; a bracket that the last of them leaves open is compared as it is.
+    """
+
+    def __init__(self, planned: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._planned, self._added = planned, 0
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._added += 1
+        super().on_trial_add(tune_controller, trial)
+
+    def _create_bracket(self, s: int) -> _Bracket:
+        return _Bracket(
+            time_attr=self._time_attr,
+            max_trials=self._get_n0(s),
+            init_t_attr=self._get_r0(s),
+            max_t_attr=self._max_t_attr,
+            eta=self._eta,
+            s=s,
+            stop_last_trials=self._stop_last_trials,
+        )
+
+    def _process_bracket(self, tune_controller: Any, bracket: Any) -> str:
+        more_to_come = bracket is self._state["bracket"] and self._added < self._planned
+        if more_to_come and not bracket.filled():
+            return TrialScheduler.PAUSE
+        return str(super()._process_bracket(tune_controller, bracket))
+
+
+def make_scheduler(settings: SweepSettings, max_steps: int, planned: int) -> TrialScheduler:
+    """Tune's scheduler for a space; time is counted in optimiser steps.
+
+    Args:
+        planned: trials that this driver will start.
+    """
     space, interval = settings.space, settings.interval
     chosen = space.scheduler
     if chosen.name == "asha":
@@ -235,9 +291,12 @@ def make_scheduler(settings: SweepSettings, max_steps: int) -> TrialScheduler:
         )
     if chosen.name == "hyperband":
         # It plans in units of one report, and wants to see each of them.
-        reports = -(-max_steps // interval)
-        return HyperBandScheduler(
-            time_attr="training_iteration", max_t=reports, reduction_factor=chosen.reduction_factor
+        return FullBrackets(
+            planned,
+            time_attr="training_iteration",
+            max_t=-(-max_steps // interval),
+            reduction_factor=chosen.reduction_factor,
+            stop_last_trials=False,  # who is left trains to the end of its config
         )
     if chosen.name in ("pbt", "pb2"):
         return _population(space, interval)

@@ -169,7 +169,8 @@ def _draw_last_third(axes: Axes, results: Results, metric: str) -> None:
 
 def _draw_curves(axes: Axes, results: Results, metric: str, drawn: Sequence[Outcome]) -> None:
     looks = _variant_looks(results)
-    for outcome in reversed(drawn):
+    # The best in front; of variants the first at the back, so that the dashes of one like it show on its line.
+    for outcome in drawn if looks else reversed(drawn):
         _draw_curve(axes, outcome, metric, results, looks.get(outcome.label or "", {}))
     axes.set_xlabel("training step")
     axes.locator_params(axis="x", nbins=6)

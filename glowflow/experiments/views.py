@@ -258,10 +258,8 @@ def curve_window(curves: Sequence[Curve], mode: str) -> tuple[float, float]:
     """The range that shows where curves begin and end, whatever a diverging one does in between."""
     best = min if mode == "min" else max
     ends = [value for curve in curves for value in (curve[-1][1], best(v for _, v in curve))]
-    starts = sorted(curve[0][1] for curve in curves)
-    typical = starts[len(starts) // 2]
-    low, high = window(ends, mode)
-    return min(low, typical), max(high, typical)
+    windows = [window(ends, mode), window([curve[0][1] for curve in curves], mode)]
+    return min(low for low, _ in windows), max(high for _, high in windows)
 
 
 def thinned(curve: Curve, limit: int) -> Curve:

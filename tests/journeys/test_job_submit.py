@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -115,3 +116,20 @@ def test_a_job_that_can_not_run_passes_its_exit_code_on(
         assert message in done.stdout
         assert "Traceback" not in done.stdout
     assert not os.path.exists(home / "runs" / "refused")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_sweep_runs_on_the_cluster_that_it_was_submitted_to(
+    cluster: tuple[str, dict[str, str]], working_dir: Path, home: Path
+) -> None:
+    config = write_config(home, tracking__run=None)
+    space = home / "lr.yaml"
+    body = {"space": {"training.lr": {"loguniform": [1e-3, 1e-2]}}, "trials": 3, "set": {"resources.workers": 1}}
+    space.write_text(json.dumps({"metric": "val_loss", **body}))
+    command = [str(config), str(space), "--name", "lr", "--storage", str(home / "runs"), "training.max_steps=20"]
+    done = submit(cluster, working_dir, "pipelines/sweep.py", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [record(home / "runs" / "lr" / f"{n:03d}")["steps"] for n in range(3)] == [20, 20, 20]
+    assert (home / "runs" / "lr" / "report" / "report.md").is_file()
+    assert "Traceback" not in done.stdout

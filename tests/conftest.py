@@ -33,6 +33,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "glowflow"))
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``pytest -n 2``: what starts Ray goes to one worker, and first; the rest file by file."""
+    items.sort(key=lambda item: "journeys" not in item.path.parts)
+    for item in items:
+        group = "ray" if "journeys" in item.path.parts else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the clone."""

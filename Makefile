@@ -36,7 +36,7 @@ lint: $(STAMP)  ## check style, types and the import contracts
 	$(BIN)/lint-imports
 
 test: $(STAMP) lint  ## set up and test: lint, then all tests that need neither a GPU nor minutes
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow and not gpu" $(PYTEST_ARGS)
 
 journeys: $(STAMP)  ## whole commands, faults and resumes with Ray, the slow ones too
 	$(BIN)/python -m pytest tests/journeys -m "not gpu" $(PYTEST_ARGS)

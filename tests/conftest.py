@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -33,12 +34,31 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "glowflow"))
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+_WITHOUT_RAY = (
+    "test_base_config.py",
+    "test_custom_architecture.py",
+    "test_sweep_tracking_server.py",
+    "test_tracking_server.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``pytest -n 2``: what starts Ray goes to one worker, and first; the rest file by file."""
+    """What starts Ray comes first: it takes longest, and with ``pytest -n 2`` the rest fills the other worker."""
     items.sort(key=lambda item: "journeys" not in item.path.parts)
-    for item in items:
-        group = "ray" if "journeys" in item.path.parts else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """All that starts Ray in one worker, one after another; of the rest each file in one, for its fixtures' sake."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRoom(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(nodeid).partition("::")[0]
+            with_ray = "/journeys/" in file and Path(file).name not in _WITHOUT_RAY
+            return "ray" if with_ray else file
+
+    return ByRoom(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -111,9 +111,8 @@ def _step(config: GlowFlowConfig, strategy: Any, module: nn.Module, optimizer: O
     for _ in range(config.grad_accum_steps):
         with autocast(config.training.precision, batch.tokens.device):
             output, _ = module(batch, None)
-        loss: Tensor = output.loss_sum / weight
-        loss.backward()
-        total += loss.detach()
+        (output.objective / weight).backward()
+        total += output.loss_sum.detach() / weight
     strategy.clip_grad_norm(module, config.training.grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -65,6 +65,7 @@ def measure(loaded: Any, manifest: Any, *, split: str | None, context: int | Non
         context=context or config.data.context,
         batch_size=batch_size,
         document_mask=config.data.document_mask,
+        layout=config.layout,
         progress=_Dots(),
     )
 

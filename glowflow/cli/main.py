@@ -28,6 +28,10 @@ _COMMANDS = {
     "export": ("glowflow.cli.export:export", "Write a checkpoint as one .pt or .safetensors file."),
     "runs": ("glowflow.cli.runs:runs", "List, show, compare and sync runs."),
     "ui": ("glowflow.cli.runs:ui", "Open the MLflow UI on the right store, on loopback."),
+    "attention": (
+        "glowflow.cli.attention:attention",
+        "Which attention kernel is used and why; whether the kernels are right.",
+    ),
     "bench": ("glowflow.cli.bench:bench", "Measure speed."),
     "config": ("glowflow.cli.config:config", "JSON Schema and reference of the config keys."),
     "demo": ("glowflow.cli.demo:demo", "Train the quickstart, evaluate it, and show what it writes."),

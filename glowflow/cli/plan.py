@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from glowflow.cli.output import echo_json, human_bytes, human_count
 from glowflow.config.schema import GlowFlowConfig
+
+if TYPE_CHECKING:
+    from glowflow.core.model import GlowFlowModel
 
 __all__ = ["plan", "plan_document"]
 
@@ -34,6 +37,7 @@ def plan_document(config: GlowFlowConfig, vram: float | None = None) -> dict[str
     import torch
 
     from glowflow.config.loader import to_dict, warnings
+    from glowflow.core.architectures.validation import validate_architecture
     from glowflow.core.model import GlowFlowModel
     from glowflow.orchestration.preflight import resolve_accelerator
     from glowflow.training.precision import precision_warnings
@@ -41,6 +45,7 @@ def plan_document(config: GlowFlowConfig, vram: float | None = None) -> dict[str
     found, vocabulary, data_note = _data(config)
     if config.model.vocab_size is None:
         config = GlowFlowModel(config, {"vocab_size": vocabulary}).config
+    notes = validate_architecture(config)
     accelerator = resolve_accelerator(config, joined=False)
     device = "cuda" if accelerator == "gpu" or vram is not None else "cpu"
     model = GlowFlowModel(config)
@@ -55,22 +60,32 @@ def plan_document(config: GlowFlowConfig, vram: float | None = None) -> dict[str
         "steps": config.training.max_steps,
         "tokens": tokens_per_step * config.training.max_steps,
         "epochs": None,
-        "flops": tokens_per_step * config.training.max_steps * model.flops_per_token(),
+        "flops": _flops(model, tokens_per_step * config.training.max_steps),
         "workers": config.resources.workers,
         "micro_batch_size": config.micro_batch_size,
         "grad_accum_steps": config.grad_accum_steps,
         "accelerator": accelerator,
         "memory_per_worker": _memory(config, device),
         "attention": _attention(config, device),
-        "warnings": [*warnings(config), *precision_warnings(config.training.precision, torch.device("cpu"))]
-        if device == "cpu"
-        else warnings(config),
+        "warnings": [
+            *warnings(config),
+            *notes,
+            *(precision_warnings(config.training.precision, torch.device("cpu")) if device == "cpu" else []),
+        ],
     }
     if found is not None:
         document["epochs"] = config.training.max_steps * config.training.batch_size / found
     if vram is not None:
         document["vram"] = _fits(config, vram)
     return document
+
+
+def _flops(model: GlowFlowModel, tokens: int) -> float | None:
+    """Operations of the whole training; None where a custom architecture does not count them."""
+    try:
+        return tokens * model.flops_per_token()
+    except NotImplementedError:
+        return None
 
 
 def _data(config: GlowFlowConfig) -> tuple[int | None, int, str]:
@@ -90,7 +105,7 @@ def _data(config: GlowFlowConfig) -> tuple[int | None, int, str]:
         seed=config.training.seed,
         context=config.data.context,
         global_batch=config.training.batch_size,
-        layout=config.data.layout,
+        layout=config.layout,
         split=config.data.train_split,
         window_tokens=config.data.window_tokens,
     )
@@ -109,18 +124,25 @@ def _memory(config: GlowFlowConfig, device: str) -> dict[str, float]:
 
 
 def _attention(config: GlowFlowConfig, device: str) -> list[dict[str, Any]]:
-    """One row per backend: chosen or not, and why not. Architectures without attention have none."""
+    """One row per kind and backend: chosen or not, and why not. Architectures without attention have none."""
     from dataclasses import asdict
 
-    from glowflow.config.architectures import TransformerConfig
-    from glowflow.core.architectures.transformer import attention_spec
+    from glowflow.config.architectures import DecoderConfig
+    from glowflow.core.attention.backends.base import Conditions
+    from glowflow.core.attention.build import layer_specs
     from glowflow.core.attention.dispatch import explain
     from glowflow.training.precision import compute_dtype
 
-    if not isinstance(config.model, TransformerConfig):
+    if not isinstance(config.model, DecoderConfig):
         return []
-    spec, dtype = attention_spec(config.model), compute_dtype(config.training.precision)
-    return [asdict(row) for row in explain(spec, device, dtype, config.model.attention.backend)]
+    conditions = Conditions.here(
+        device, compute_dtype(config.training.precision), training=True, documents=config.data.document_mask
+    )
+    return [
+        {"kind": spec.kind, **asdict(row)}
+        for spec in layer_specs(config.model)
+        for row in explain(spec, conditions, config.model.attention.backend)
+    ]
 
 
 def _fits(config: GlowFlowConfig, vram: float) -> dict[str, Any]:
@@ -147,7 +169,8 @@ def _print(document: dict[str, Any]) -> None:
         click.echo("\nattention kernels")
     for row in document["attention"]:
         mark = "chosen" if row["chosen"] else "cannot" if row["reasons"] else "could"
-        click.echo(f"  {row['name']:<10} {mark:<7} {'; '.join(row['reasons']) or row['advice']}")
+        name = f"{row['kind']:<9} {row['name']:<12}"
+        click.echo(f"  {name} {mark:<7} {'; '.join(row['reasons']) or row['advice']}")
     if "vram" in document:
         _print_fit(document["vram"], document["micro_batch_size"])
     for text in document["warnings"]:
@@ -165,7 +188,7 @@ def _rows(document: dict[str, Any]) -> list[list[str]]:
         ["parameters", f"{document['parameters']:,}{only}"],
         ["data", document["data"]],
         ["steps", f"{document['steps']:,} of {each:,} tokens: {total} tokens{epochs}"],
-        ["compute", f"{document['flops']:.3g} FLOPs"],
+        ["compute", "not counted" if document["flops"] is None else f"{document['flops']:.3g} FLOPs"],
         ["workers", f"{document['workers']} on {document['accelerator']}, {split}"],
     ]
 

@@ -6,19 +6,18 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from glowflow.config.attention import AttentionConfig
 from glowflow.config.base import StrictModel
 from glowflow.config.errors import Problem, RuleError
 
-__all__ = ["ArchitectureConfig", "AttentionConfig", "TransformerConfig"]
-
-
-class AttentionConfig(StrictModel):
-    """What attention computes (kind) and which kernel computes it (backend)."""
-
-    kind: Literal["dense"] = Field("dense", description="What is computed. `dense`: every earlier position.")
-    backend: Literal["auto", "reference", "sdpa"] = Field(
-        "auto", description="Which kernel computes it; `auto` takes the first that can serve and logs why."
-    )
+__all__ = [
+    "ArchitectureConfig",
+    "DecoderConfig",
+    "MoeConfig",
+    "RopeScalingConfig",
+    "TransformerConfig",
+    "TransformerXLConfig",
+]
 
 
 class ArchitectureConfig(StrictModel):
@@ -29,27 +28,88 @@ class ArchitectureConfig(StrictModel):
         None, ge=2, description="Size of the vocabulary; taken from the tokenizer when left out."
     )
 
+    @property
+    def layout(self) -> Literal["packed", "lanes"]:
+        """What `data.layout` is by default; an architecture that needs `lanes` carries memory between sequences."""
+        return "packed"
 
-class TransformerConfig(ArchitectureConfig):
-    """Decoder-only transformer: RoPE, RMSNorm, SwiGLU, grouped-query attention."""
 
-    arch: str = Field("transformer", description="Registered name, or `module:Class` of a custom architecture.")
+class MoeConfig(StrictModel):
+    """Mixture of experts instead of one feed-forward: each token goes through `active` of `experts` (dropless)."""
+
+    experts: int = Field(ge=2, description="Number of routed experts per layer.")
+    active: int = Field(
+        2,
+        ge=1,
+        description="Experts that each token goes through; their gates sum to 1 (a lone one's is its affinity).",
+    )
+    shared: int = Field(0, ge=0, description="Experts that every token goes through besides (arXiv:2401.06066).")
+    ffn_dim: int | None = Field(None, ge=1, description="Hidden width of one expert; default: that of the model.")
+    every: int = Field(1, ge=1, description="Every n-th layer is a mixture, the last one among them.")
+    balance: float = Field(
+        1e-2, ge=0, description="Weight of the balance loss of each sequence (arXiv:2412.19437, eq. 17 to 20)."
+    )
+
+    @model_validator(mode="after")
+    def _fewer_active(self) -> MoeConfig:
+        if self.active > self.experts:
+            rule = f"must be at most model.moe.experts ({self.experts})"
+            raise RuleError(Problem("active", rule, self.active, related=("experts",)))
+        return self
+
+
+class RopeScalingConfig(StrictModel):
+    """Stretches RoPE to contexts longer than those the model was trained on."""
+
+    method: Literal["linear", "ntk", "yarn"] = Field(
+        "yarn",
+        description=(
+            "`linear`: positions divided by the factor (arXiv:2306.15595); `ntk`: a larger base; `yarn`: by frequency, "
+            "with a warmer softmax (arXiv:2309.00071)."
+        ),
+    )
+    factor: float = Field(ge=1, description="New context over the one of training.")
+    original_context: int = Field(ge=1, description="Context that the model was trained on.")
+
+
+class DecoderConfig(ArchitectureConfig):
+    """What the decoder-only architectures share: widths, feed-forward, norms, attention."""
+
     dim: int = Field(256, ge=1, description="Width of the residual stream.")
     depth: int = Field(4, ge=1, description="Number of blocks.")
     heads: int = Field(4, ge=1, description="Number of query heads; must divide `dim`.")
     kv_heads: int | None = Field(
         None, ge=1, description="Number of key/value heads; must divide `heads`. Default: `heads`."
     )
+    ffn: Literal["swiglu", "geglu", "reglu", "gelu", "relu"] = Field(
+        "swiglu",
+        description="Feed-forward: gated (`swiglu`, `geglu`, `reglu`; arXiv:2002.05202) or plain (`gelu`, `relu`).",
+    )
     ffn_dim: int | None = Field(
         None,
         ge=1,
-        description="Hidden width of the SwiGLU feed-forward; default 8/3 of `dim`, rounded up to a multiple of 8.",
+        description=(
+            "Hidden width of the feed-forward; default 8/3 of `dim` for a gated one, 4 times `dim` for a plain one, "
+            "rounded up to a multiple of 8."
+        ),
     )
+    moe: MoeConfig | None = Field(None, description="Mixture of experts in place of the feed-forward.")
     tie_embeddings: bool = Field(True, description="Use the token embedding as the output projection too.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the embedding and on both residual branches.")
+    norm_placement: Literal["pre", "post", "sandwich"] = Field(
+        "pre",
+        description=(
+            "`pre`: x + f(norm(x)); `post`: norm(x + f(x)) as in arXiv:1706.03762; `sandwich`: x + norm(f(norm(x)))."
+        ),
+    )
+    parallel_block: bool = Field(
+        False, description="Attention and feed-forward read the same normalised input and are added (arXiv:2204.02311)."
+    )
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys per head before RoPE (arXiv:2302.05442).")
-    rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary frequencies (arXiv:2104.09864).")
     norm_eps: float = Field(1e-6, gt=0, description="Epsilon of RMSNorm.")
+    logit_softcap: float | None = Field(
+        None, gt=0, description="Scores of the vocabulary s become softcap * tanh(s / softcap) (arXiv:2408.00118)."
+    )
     init_std: float = Field(
         0.02,
         gt=0,
@@ -58,20 +118,28 @@ class TransformerConfig(ArchitectureConfig):
     attention: AttentionConfig = Field(default_factory=AttentionConfig, description="Attention kind and backend.")
 
     @model_validator(mode="after")
-    def _divisibility(self) -> TransformerConfig:
+    def _divisibility(self) -> DecoderConfig:
         problems = []
         if self.dim % self.heads:
             rule = f"must divide model.dim: {self.dim} % {self.heads} = {self.dim % self.heads}"
             problems.append(Problem("heads", rule, self.heads, related=("dim",)))
-        elif (self.dim // self.heads) % 2:
+        elif (self.dim // self.heads) % 2 and self._needs_even_heads:
             rule = f"model.dim / model.heads must be even for RoPE, it is {self.dim // self.heads}"
             problems.append(Problem("heads", rule, self.heads, related=("dim",)))
         if self.kv_heads is not None and self.heads % self.kv_heads:
             rule = f"must divide model.heads: {self.heads} % {self.kv_heads} = {self.heads % self.kv_heads}"
             problems.append(Problem("kv_heads", rule, self.kv_heads, related=("heads",)))
+        if self.parallel_block and self.norm_placement == "post":
+            rule = "needs norm_placement pre or sandwich: with post there is no norm before the branches"
+            problems.append(Problem("parallel_block", rule, True, related=("norm_placement",)))
         if problems:
             raise RuleError(problems)
         return self
+
+    @property
+    def _needs_even_heads(self) -> bool:
+        """Whether the channels of a head are turned in pairs, or hold sines and cosines."""
+        return True
 
     @property
     def num_kv_heads(self) -> int:
@@ -84,6 +152,75 @@ class TransformerConfig(ArchitectureConfig):
         return self.dim // self.heads
 
     @property
+    def gated_ffn(self) -> bool:
+        """Whether the feed-forward has a gate beside its hidden layer."""
+        return self.ffn.endswith("glu")
+
+    @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward: given, or 8/3 of dim rounded up to a multiple of 8 (arXiv:2002.05202)."""
-        return self.ffn_dim or -(-8 * self.dim // 24) * 8
+        """Width of the feed-forward: given, or the default of its sort, rounded up to a multiple of 8."""
+        return self.ffn_dim or (-(-8 * self.dim // 24) * 8 if self.gated_ffn else -(-4 * self.dim // 8) * 8)
+
+    def is_mixture(self, layer: int) -> bool:
+        """Whether this layer's feed-forward is a mixture of experts."""
+        return self.moe is not None and (self.depth - 1 - layer) % self.moe.every == 0
+
+
+class TransformerConfig(DecoderConfig):
+    """Decoder-only transformer: RoPE or ALiBi, RMSNorm, gated feed-forward, grouped-query attention of any kind."""
+
+    arch: str = Field("transformer", description="Registered name, or `module:Class` of a custom architecture.")
+    position: Literal["rope", "alibi", "none"] = Field(
+        "rope",
+        description=(
+            "How attention learns of order: `rope` turns queries and keys (arXiv:2104.09864), `alibi` lowers the score "
+            "of far keys (arXiv:2108.12409). Linear layers know the order by themselves."
+        ),
+    )
+    rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary frequencies (arXiv:2104.09864).")
+    rope_scaling: RopeScalingConfig | None = Field(None, description="RoPE for contexts longer than in training.")
+
+    @model_validator(mode="after")
+    def _positions(self) -> TransformerConfig:
+        if self.rope_scaling is not None and self.position != "rope":
+            rule = f"has no effect with position {self.position}"
+            raise RuleError(Problem("rope_scaling", rule, related=("position",)))
+        return self
+
+    @property
+    def _needs_even_heads(self) -> bool:
+        linear = self.attention.linear.variant == "retention"
+        return self.position == "rope" or linear
+
+
+class TransformerXLConfig(DecoderConfig):
+    """Transformer-XL (arXiv:1901.02860): segment recurrence, relative positions; blocks as in `transformer`."""
+
+    arch: str = Field("transformer-xl", description="Registered name, or `module:Class` of a custom architecture.")
+    memory: int = Field(512, ge=0, description="Positions before the sequence that each layer remembers in training.")
+    eval_memory: int | None = Field(
+        None, ge=0, description="The same in evaluation and generation, often longer; default: `memory`."
+    )
+    clamp_distance: int | None = Field(
+        None, ge=1, description="Larger distances count as this one (evaluation with a longer memory than in training)."
+    )
+
+    @model_validator(mode="after")
+    def _dense_alone(self) -> TransformerXLConfig:
+        if self.attention.kind != "dense":
+            rule = "must be dense: relative positions with memory are defined for it alone"
+            raise RuleError(Problem("attention.kind", rule, self.attention.kind))
+        if self.attention.backend not in ("auto", "sdpa", "reference"):
+            rule = "must be auto, sdpa or reference: no other kernel adds scores of relative positions"
+            raise RuleError(Problem("attention.backend", rule, self.attention.backend))
+        return self
+
+    @property
+    def evaluation_memory(self) -> int:
+        """Positions that each layer remembers in evaluation and generation."""
+        return self.memory if self.eval_memory is None else self.eval_memory
+
+    @property
+    def layout(self) -> Literal["packed", "lanes"]:
+        """Memory is of use only where a sequence goes on where the one before it ended."""
+        return "lanes" if max(self.memory, self.evaluation_memory) else "packed"

@@ -108,6 +108,11 @@ ARCHITECTURES.register(
     schema="glowflow.config.architectures:TransformerConfig",
     target="glowflow.core.architectures.transformer:Transformer",
 )
+ARCHITECTURES.register(
+    "transformer-xl",
+    schema="glowflow.config.architectures:TransformerXLConfig",
+    target="glowflow.core.architectures.transformer_xl:TransformerXL",
+)
 
 OPTIMIZERS = Registry("optimizer", "glowflow.optimizers")
 OPTIMIZERS.register(

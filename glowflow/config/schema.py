@@ -56,10 +56,11 @@ class DataConfig(StrictModel):
         ),
     )
     context: int = Field(256, ge=2, description="Sequence length in tokens.")
-    layout: Literal["packed", "lanes"] = Field(
-        "packed",
+    layout: Literal["packed", "lanes"] | None = Field(
+        None,
         description=(
-            "`packed`: shuffled documents cut into sequences; `lanes`: contiguous streams for recurrent architectures."
+            "`packed`: shuffled documents cut into sequences; `lanes`: contiguous streams, one per sequence of the "
+            "batch, for architectures with memory. Default: what the architecture needs."
         ),
     )
     window_tokens: int = Field(
@@ -292,9 +293,23 @@ class GlowFlowConfig(StrictModel):
             rule = f"`single` runs on one worker, but resources.workers is {workers}"
             hint = "use auto, ddp or fsdp"
             problems.append(Problem("training.strategy", rule, "single", hint, related=("resources.workers",)))
+        if self.data.layout == "packed" and self.model.layout == "lanes":
+            rule = (
+                f"must be lanes: {self.model.arch} carries memory from one sequence of a row to the next, and packed "
+            )
+            rule += "sequences do not go on where the one before ended"
+            without = "set model.memory=0" if hasattr(self.model, "memory") else "take an architecture without memory"
+            problems.append(
+                Problem("data.layout", rule, "packed", f"leave it out, or {without}", related=("model.arch",))
+            )
         if problems:
             raise RuleError(problems)
         return self
+
+    @property
+    def layout(self) -> Literal["packed", "lanes"]:
+        """How the data are cut into rows: `data.layout`, or what the architecture needs."""
+        return self.data.layout or self.model.layout
 
     @property
     def micro_batch_size(self) -> int:

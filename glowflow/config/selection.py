@@ -10,12 +10,14 @@ import difflib
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel
 
 from glowflow.config.architectures import ArchitectureConfig
 from glowflow.config.errors import ConfigError, Problem, RuleError
+from glowflow.config.optimizers import OptimizerConfig
 from glowflow.config.registry import ARCHITECTURES, OPTIMIZERS, Registry, load_object
 
 __all__ = ["architecture_schema", "optimizer_schema", "select_architecture", "select_optimizer"]
@@ -72,14 +74,7 @@ def _custom_schema(path: str) -> Any:
     if os.getcwd() not in sys.path:
         # A console script does not put the current directory on the path; last, so that it hides nothing.
         sys.path.append(os.getcwd())
-    try:
-        schema = getattr(load_object(path), "config_class", None)
-    except ConfigError as error:
-        raise RuleError(Problem("arch", error.problems[0].rule, path)) from None
-    if not (isinstance(schema, type) and issubclass(schema, ArchitectureConfig)):
-        rule = "must name a class whose `config_class` derives from glowflow.config.architectures.ArchitectureConfig"
-        raise RuleError(Problem("arch", rule, path))
-    return schema
+    return _foreign_schema(lambda: getattr(load_object(path), "config_class", None), ArchitectureConfig, "arch", path)
 
 
 def _lookup(registry: Registry, name: Any, key: str) -> Any:
@@ -89,4 +84,19 @@ def _lookup(registry: Registry, name: Any, key: str) -> Any:
         hint = f"did you mean {close[0]!r}?" if close else ""
         rule = f"is not a registered {registry.kind} (registered: {', '.join(registry.names())})"
         raise RuleError(Problem(key, rule, name, hint))
-    return entry.schema()
+    if entry.builtin:
+        return entry.schema()
+    base = ArchitectureConfig if registry is ARCHITECTURES else OptimizerConfig
+    return _foreign_schema(entry.schema, base, key, entry.target_path)
+
+
+def _foreign_schema(load: Callable[[], Any], base: type[BaseModel], key: str, path: str) -> Any:
+    """The schema that somebody else's code carries; it may be anything, or fail to be imported."""
+    try:
+        schema = load()
+    except ConfigError as error:
+        raise RuleError(Problem(key, error.problems[0].rule, path)) from None
+    if not (isinstance(schema, type) and issubclass(schema, base)):
+        rule = f"must name a class whose `config_class` derives from {base.__module__}.{base.__name__}"
+        raise RuleError(Problem(key, rule, path))
+    return schema

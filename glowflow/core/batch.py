@@ -68,6 +68,13 @@ class ModelOutput:
     hidden: Tensor  # (B, T, D) after the last norm
     loss_sum: Tensor | None = None  # () float32, weighted sum of the negative log-likelihoods in nats
     weight_sum: Tensor | None = None  # () float32, sum of the weights
+    aux_sum: Tensor | None = None  # () what is trained on beside the loss (balance of experts), normalised as loss_sum
+
+    @property
+    def objective(self) -> Tensor:
+        """What is back-propagated: the loss and, where there is one, the auxiliary loss."""
+        assert self.loss_sum is not None
+        return self.loss_sum if self.aux_sum is None else self.loss_sum + self.aux_sum
 
 
 @dataclass

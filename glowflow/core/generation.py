@@ -1,7 +1,8 @@
 """Sampling token by token with a key/value cache: prompt ids go in, new ids come out one at a time.
 
 A model has seen contexts of a certain length only. When the cache is full, the later half of the text is read again
-into an empty cache and sampling goes on, so that a text may be longer than the context.
+into an empty cache and sampling goes on, so that a text may be longer than the context. The cache of a model with
+memory is never full: such a model reads the whole prompt, a context at a time, and goes on without end.
 
 Legend: B batch (1), T positions, V vocabulary.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from glowflow.config.errors import ConfigError, Problem
 from glowflow.core.architectures.base import BaseArchitecture
+from glowflow.core.attention.cache import DecodeCache
 
 __all__ = ["SamplingOptions", "generate", "next_token_probabilities"]
 
@@ -83,7 +85,7 @@ def generate(
 
     Args:
         module: the architecture, unsharded; put into evaluation mode while it runs.
-        prompt_ids: at least one id; only the last ``context`` of them are read.
+        prompt_ids: at least one id; only the last ``context`` of them are read by a model without memory.
         max_new_tokens: how many ids at most.
         context: the longest run of tokens that the model reads at once.
 
@@ -113,13 +115,14 @@ def _generate(
     parameter = next(module.parameters())
     device = parameter.device
     generator = torch.Generator().manual_seed(options.seed)
-    cache, unread = module.new_cache(1, context, device, parameter.dtype), text[-context:]
-    room = context
+    cache = module.new_cache(1, context, device, parameter.dtype)
+    room = cache.max_length if isinstance(cache, DecodeCache) else context
+    unread = text[-room:]
     for _ in range(max_new_tokens):
         if len(unread) > room:
             unread = text[-max(1, context // 2) :]
             cache, room = module.new_cache(1, context, device, parameter.dtype), context
-        scores_v = _score(module, torch.tensor([unread], device=device), cache)
+        scores_v = _score(module, torch.tensor([unread], device=device).split(context, dim=1), cache)
         room -= len(unread)
         token = int(torch.multinomial(next_token_probabilities(scores_v, options), 1, generator=generator))
         if token == options.eos_id:
@@ -129,12 +132,14 @@ def _generate(
         yield token
 
 
-def _score(module: BaseArchitecture, tokens_bt: Tensor, cache: object) -> Tensor:
-    """Scores (V,) of the token after the given ones, on the CPU; the module's mode is as before afterwards."""
+def _score(module: BaseArchitecture, pieces: Sequence[Tensor], cache: object) -> Tensor:
+    """Scores (V,) of the token after these pieces of text, on the CPU; the module's mode is as before afterwards."""
     training = module.training
     module.eval()
     try:
         with torch.inference_mode():
-            return module.decode(tokens_bt, cache, last_only=True)[0, -1].float().cpu()
+            for tokens_bt in pieces:
+                scores = module.decode(tokens_bt, cache, last_only=True)
+            return scores[0, -1].float().cpu()
     finally:
         module.train(training)

@@ -25,11 +25,36 @@ from glowflow.config.schema import GlowFlowConfig
 from glowflow.core.architectures.base import BaseArchitecture
 from glowflow.core.initialization import initialize
 
-__all__ = ["FORMAT", "GlowFlowModel", "build_module", "read_single_file", "state_dict_problems", "write_single_file"]
+__all__ = [
+    "FORMAT",
+    "GlowFlowModel",
+    "architecture_class",
+    "build_module",
+    "read_single_file",
+    "state_dict_problems",
+    "write_single_file",
+]
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "glowflow-model-1"
+
+
+def architecture_class(arch: str) -> type[BaseArchitecture]:
+    """The class that ``model.arch`` names: a registered name, or ``module:Class``.
+
+    Raises:
+        ConfigError: the name is not registered, cannot be imported, or is no architecture.
+    """
+    entry = None if ":" in arch else ARCHITECTURES.get(arch)
+    if entry is None and ":" not in arch:
+        registered = ", ".join(ARCHITECTURES.names())
+        raise ConfigError(Problem("model.arch", f"is not a registered architecture; registered: {registered}", arch))
+    target = load_object(arch) if entry is None else entry.target()
+    if not (isinstance(target, type) and issubclass(target, BaseArchitecture)):
+        hint = "derive it from glowflow.core.architectures.base.BaseArchitecture"
+        raise ConfigError(Problem("model.arch", "must name a subclass of glowflow's BaseArchitecture", arch, hint))
+    return target
 
 
 def build_module(config: GlowFlowConfig, device: torch.device | str = "meta") -> BaseArchitecture:
@@ -38,19 +63,7 @@ def build_module(config: GlowFlowConfig, device: torch.device | str = "meta") ->
     Raises:
         ConfigError: the name is not registered, or the vocabulary size is not known.
     """
-    arch = config.model.arch
-    if ":" in arch:
-        target = load_object(arch)
-    else:
-        entry = ARCHITECTURES.get(arch)
-        if entry is None:
-            registered = ", ".join(ARCHITECTURES.names())
-            raise ConfigError(
-                Problem("model.arch", f"is not a registered architecture; registered: {registered}", arch)
-            )
-        target = entry.target()
-    if not (isinstance(target, type) and issubclass(target, BaseArchitecture)):
-        raise ConfigError(Problem("model.arch", "must name a subclass of glowflow's BaseArchitecture", arch))
+    target = architecture_class(config.model.arch)
     with torch.device(device):
         return target(config.model)
 

@@ -1,7 +1,8 @@
 """``ModelAnalyzer``: what a model knows about a text it was not trained on.
 
 The whole split goes through the same plan and batches as training, each target exactly once; the loss of every target
-is kept apart until it is added to its document, so that intervals can resample documents.
+is kept apart until it is added to its document, so that intervals can resample documents. A model with memory reads
+the split in lanes, each a contiguous part of it, and carries what it remembers along them.
 
 Legend: B sequences, T positions, N targets, D width, V vocabulary.
 """
@@ -13,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,12 +23,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glowflow.config.errors import DataError, Problem
-from glowflow.core.architectures.base import BaseArchitecture
+from glowflow.core.architectures.base import BaseArchitecture, Carry
 from glowflow.data.manifest import Manifest
 from glowflow.data.plan import Plan, PlanBatch, eval_plan
 from glowflow.data.processors.text import tokenizer_from_spec
 from glowflow.data.stream import to_batch
-from glowflow.evaluation.documents import TargetStream
+from glowflow.evaluation.documents import TargetLookup, TargetStream
 from glowflow.metrics.intervals import Interval, bootstrap_interval
 from glowflow.metrics.perplexity import bits_per_byte, mean_nll, perplexity
 from glowflow.training.precision import autocast
@@ -91,6 +92,7 @@ class ModelAnalyzer:
         context: int = 256,
         batch_size: int = 32,
         document_mask: bool = True,
+        layout: Literal["packed", "lanes"] = "packed",
         resamples: int = 2000,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
@@ -99,8 +101,10 @@ class ModelAnalyzer:
 
         Args:
             context: sequence length T; a longer one gives the model more to go by.
-            batch_size: sequences per forward pass; the result does not depend on it but for rounding.
+            batch_size: sequences per forward pass. Packed, the result does not depend on it but for rounding; it is
+                the number of lanes, at whose starts nothing is remembered: with 1 the split is read in one go.
             document_mask: attention stays inside a document, as in training.
+            layout: ``packed`` sequences, or ``lanes`` for a model with memory.
             resamples: of the bootstrap, seeded by ``seed``.
             progress: called with (steps done, steps in all).
 
@@ -113,7 +117,7 @@ class ModelAnalyzer:
             DataError: no such split, no target in it, or data of another tokenizer.
         """
         check_tokenizer(self.tokenizer_spec, manifest)
-        plan = eval_plan(manifest, split=split, context=context, global_batch=batch_size)
+        plan = eval_plan(manifest, split=split, context=context, global_batch=batch_size, layout=layout)
         started = time.perf_counter()
         sums = self._measure(plan, manifest, split, document_mask, progress)
         text_bytes = manifest.split(split).text_bytes
@@ -124,6 +128,7 @@ class ModelAnalyzer:
             "split": split,
             "context": context,
             "batch_size": batch_size,
+            "layout": layout,
             "precision": self.precision,
             "device": str(self.device),
             "seconds": time.perf_counter() - started,
@@ -139,20 +144,20 @@ class ModelAnalyzer:
     ) -> _Sums:
         tokenizer = tokenizer_from_spec(self.tokenizer_spec)
         widths, unknown = tokenizer.token_bytes(), getattr(tokenizer, "unk_id", None)
-        stream, sums = TargetStream(manifest, split), _Sums()
+        places = (_LanePlaces if plan.layout == "lanes" else _PackedPlaces)(plan, manifest, split)
+        sums, carry = _Sums(), None
         block_tokens = max(plan.context, plan.targets_per_epoch // _BLOCKS)
         steps = plan.num_steps or 0
         was_training = self.module.training
         self.module.eval()
         try:
             for done, rows in enumerate(plan.batches(range(steps)), start=1):
-                nll_n = self._nll(rows, document_mask)
-                targets_n, documents_n = stream.take(len(nll_n))
-                if not np.array_equal(targets_n, rows.targets[rows.loss_weights > 0]):
-                    raise DataError(Problem(str(manifest.path), "its shards changed while they were read"))
+                nll_n, carry = self._nll(rows, document_mask, carry)
+                targets_n = rows.targets[rows.loss_weights > 0].astype(np.int64)
+                numbers_n, documents_n = places.of(done - 1, rows, targets_n)
                 sizes_n = np.ones(len(nll_n)) if widths is None else widths[targets_n].astype(np.float64)
                 _add(sums.documents, documents_n, nll_n, sizes_n)
-                _add(sums.blocks, (sums.tokens + np.arange(len(nll_n))) // block_tokens, nll_n, sizes_n)
+                _add(sums.blocks, numbers_n // block_tokens, nll_n, sizes_n)
                 sums.tokens += len(nll_n)
                 sums.unknown += 0 if unknown is None else int((targets_n == unknown).sum())
                 if progress is not None:
@@ -162,14 +167,44 @@ class ModelAnalyzer:
         return sums
 
     @torch.no_grad()
-    def _nll(self, rows: PlanBatch, document_mask: bool) -> NDArray[np.float64]:
-        """Loss in nats of each target of a batch that counts, (N,), in order."""
+    def _nll(self, rows: PlanBatch, document_mask: bool, carry: Carry) -> tuple[NDArray[np.float64], Carry]:
+        """Loss in nats of each target of a batch that counts, (N,), in order; and the carry for the next batch."""
         batch = to_batch(rows, document_mask).to(self.device)
         with autocast(self.precision, self.device):
-            output, _ = self.module(batch, None, compute_loss=False)
+            output, carry = self.module(batch, carry, compute_loss=False)
             nll_bt = token_nll(self.module, output.hidden, batch.targets)
         counted: Tensor = nll_bt[batch.loss_weights > 0]
-        return counted.double().cpu().numpy()
+        return counted.double().cpu().numpy(), carry
+
+
+class _PackedPlaces:
+    """Which targets of the split packed batches hold: they come in order."""
+
+    def __init__(self, plan: Plan, manifest: Manifest, split: str) -> None:
+        self._path, self._stream, self._done = str(manifest.path), TargetStream(manifest, split), 0
+
+    def of(self, step: int, rows: PlanBatch, targets_n: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Number in the split and document of each target that counts, (N,) both."""
+        wanted_n, documents_n = self._stream.take(len(targets_n))
+        if not np.array_equal(targets_n, wanted_n):
+            raise DataError(Problem(self._path, "its shards changed while they were read"))
+        numbers_n = self._done + np.arange(len(targets_n))
+        self._done += len(targets_n)
+        return numbers_n, documents_n
+
+
+class _LanePlaces:
+    """The same for lanes: lane j of n begins at target j P / n of P and goes on by the context at each step."""
+
+    def __init__(self, plan: Plan, manifest: Manifest, split: str) -> None:
+        self._starts = np.arange(plan.num_lanes) * plan.targets_per_epoch // plan.num_lanes
+        self._lookup, self._context = TargetLookup(manifest, split), plan.context
+
+    def of(self, step: int, rows: PlanBatch, targets_n: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Number in the split and document of each target that counts, (N,) both."""
+        numbers_bt = (self._starts + step * self._context)[:, None] + np.arange(self._context)
+        numbers_n = numbers_bt[rows.loss_weights > 0]
+        return numbers_n, self._lookup.documents(numbers_n)
 
 
 def token_nll(module: BaseArchitecture, hidden_btd: Tensor, targets_bt: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The targets of a split in the order in which an evaluation plan gives them, with the document of each; and the texts.
 
 An evaluation plan is not shuffled, so target number i of the plan is target number i of the rows: all tokens of a row
-but its first. That gives each loss its document without carrying ids through the batches.
+but its first. That gives each loss its document without carrying ids through the batches. Packed batches come in that
+order; with lanes the number of each target is known and its document is looked up.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from glowflow.data.manifest import Manifest
 from glowflow.data.shards import read_rows, read_tokens
 
-__all__ = ["TargetStream", "document_texts"]
+__all__ = ["TargetLookup", "TargetStream", "document_texts"]
 
 Ids = NDArray[np.int64]
 
@@ -41,6 +42,23 @@ class TargetStream:
         all_targets, all_documents = np.concatenate(targets), np.concatenate(documents)
         self._targets, self._documents = all_targets[count:], all_documents[count:]
         return all_targets[:count], all_documents[:count]
+
+
+class TargetLookup:
+    """The document of any target of a split; holds two numbers per row."""
+
+    def __init__(self, manifest: Manifest, split: str) -> None:
+        counts, documents = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for shard, group in _row_groups(manifest, split):
+            _, lengths, row_documents = read_tokens(manifest, split, shard, group)
+            counts.append(lengths - 1)
+            documents.append(row_documents)
+        self._ends, self._documents = np.cumsum(np.concatenate(counts)), np.concatenate(documents)
+
+    def documents(self, numbers_n: Ids) -> Ids:
+        """(N,) document ids of the targets with these numbers."""
+        found: Ids = self._documents[np.searchsorted(self._ends, numbers_n, side="right")]
+        return found
 
 
 def _row_groups(manifest: Manifest, split: str) -> Iterator[tuple[int, int]]:

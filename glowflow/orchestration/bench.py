@@ -1,14 +1,12 @@
 """Runners for ``glowflow bench train``: the bare loop, ``--local`` and Ray Train with one worker, in alternation.
 
-The benchmark room says what a measurement is; here are the runners that need Ray, and the MLflow run in the experiment
-``benchmarks`` that keeps the result.
+The benchmark room says what a measurement is; here are the runners that need Ray.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,12 +16,12 @@ from glowflow.benchmark.measure import Measurement, alternate, summarise
 from glowflow.benchmark.train import bare_loop, report
 from glowflow.config.loader import apply_overrides, load_config, to_dict
 from glowflow.config.schema import GlowFlowConfig
+from glowflow.orchestration.bench_record import record_benchmark
 from glowflow.orchestration.pipeline import TrainingPipeline
 from glowflow.tracking.spool import curves
 
-__all__ = ["EXPERIMENT", "bench_train", "record_benchmark"]
+__all__ = ["bench_train", "record_train"]
 
-EXPERIMENT = "benchmarks"
 _LOG_INTERVAL = 5
 
 
@@ -121,37 +119,10 @@ def _seconds_to_first_step(run_dir: Path) -> float:
     return float(first["timestamp_ms"]) / 1000 - started
 
 
-def record_benchmark(document: dict[str, Any], storage: str | Path, uri: str | None = None) -> str:
-    """Keep a result as a finished MLflow run in the experiment ``benchmarks``; returns its name.
-
-    The document itself is RUN/benchmark.json, in a run directory like any other.
-    """
-    from glowflow.tracking.base import Point
-    from glowflow.tracking.mlflow import MlflowTracker, create_run, default_uri
-    from glowflow.tracking.runrecord import RunRecord, create_run_dir, new_run_name, now_iso, this_process
-
-    run_dir = create_run_dir(storage, new_run_name("bench-train"))
-    (run_dir / "benchmark.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
-    started = now_iso()
-    record = RunRecord(run_dir.name, config=document["config"], started=started, process=this_process())
-    record.save(run_dir)
-    store = default_uri(storage, uri)
-    tags = {f"environment.{key}": value for key, value in document["environment"].items()}
-    config = {"benchmark": "train", **document["config"]}
-    run_id = create_run(run_dir, name=run_dir.name, config=config, uri=store, experiment=EXPERIMENT, tags=tags)
-    tracker = MlflowTracker(store, run_id, run_dir)
-    now = int(time.time() * 1000)
-    tracker.log_points([Point(name, 0, value, now) for name, value in _metrics(document)])
-    tracker.finish("FINISHED")
-    tracker.close()
-    record.status, record.final, record.ended, record.mlflow_run_id = (
-        "FINISHED",
-        dict(_metrics(document)),
-        now_iso(),
-        run_id,
-    )
-    record.save(run_dir)
-    return run_dir.name
+def record_train(document: dict[str, Any], storage: str | Path) -> str:
+    """Keep the result of `bench_train` as an MLflow run; returns its name."""
+    values = [(name, 0, value) for name, value in _metrics(document)]
+    return record_benchmark(document, storage, config=document["config"], values=values)
 
 
 def _metrics(document: dict[str, Any]) -> list[tuple[str, float]]:

@@ -313,7 +313,7 @@ def _prepare(
         seed=training.seed,
         context=data.context,
         global_batch=training.batch_size,
-        layout=data.layout,
+        layout=config.layout,
         split=data.train_split,
         window_tokens=data.window_tokens,
     )

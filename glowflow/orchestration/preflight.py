@@ -47,6 +47,7 @@ def preflight(config: GlowFlowConfig, *, local: bool, new_run: bool = True) -> l
 
     Raises:
         PreflightError: with all problems.
+        ConfigError: a custom architecture cannot be trained; with everything that is wrong with it.
     """
     problems = [*_storage_problems(config, new_run), *_tracking_problems(config)]
     address = None if local else cluster.ray_address(config)
@@ -57,9 +58,10 @@ def preflight(config: GlowFlowConfig, *, local: bool, new_run: bool = True) -> l
         problems += _machine_problems(config, local)
     if problems:
         raise PreflightError(problems, title=_TITLE)
+    found = _architecture_warnings(config)
     if address is not None:
-        return []
-    return [*_precision_warnings(config), *([] if local else _object_store_warnings(config))]
+        return found
+    return [*found, *_precision_warnings(config), *([] if local else _object_store_warnings(config))]
 
 
 def run_name_problem(name: str) -> Problem | None:
@@ -197,6 +199,12 @@ def _machine_problems(config: GlowFlowConfig, local: bool) -> list[Problem]:
 def _gpu_problem(wanted: int, there: int, where: str) -> Problem:
     rule = f"{wanted} worker{'s' if wanted > 1 else ''} need as many GPUs, {where} has {there or 'none'}"
     return Problem("resources.accelerator", rule, "gpu", "use `auto`, which takes what is there, or `cpu`")
+
+
+def _architecture_warnings(config: GlowFlowConfig) -> list[str]:
+    from glowflow.core.architectures.validation import validate_architecture
+
+    return validate_architecture(config)
 
 
 def _precision_warnings(config: GlowFlowConfig) -> list[str]:

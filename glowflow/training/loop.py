@@ -110,7 +110,7 @@ class TrainLoop:
         self.tokens_per_step = training.batch_size * config.data.context
         self.schedule = build_schedule(training)
         self.scaler = LossScaler(self.device, enabled=training.precision == "fp16")
-        self.buffer = StepBuffer(training.log_interval, 3, self.device)
+        self.buffer = StepBuffer(training.log_interval, self.device)
         self.clock = StepClock(self.device)
         self.store = CheckpointStore(
             self.run_dir,
@@ -195,31 +195,32 @@ class TrainLoop:
         lr = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        loss = self._forward_backward(batches)
+        losses = self._forward_backward(batches)
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         self.scaler.unscale([_local(gradient) for gradient in gradients])
         grad_norm = self.strategy.clip_grad_norm(self.module, self.config.training.grad_clip)
         # Both numbers are global, so every rank skips the same steps.
-        loss_bad = ~torch.isfinite(loss)
+        loss_bad = ~torch.isfinite(losses).all()
         skip = (loss_bad | ~torch.isfinite(grad_norm)).float()
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         nonfinite = torch.maximum(loss_bad.float(), self.scaler.update(skip))
-        self.buffer.append(loss, grad_norm, nonfinite)
+        self.buffer.append(losses[0], grad_norm, nonfinite, *losses[1:])
 
     def _forward_backward(self, batches: StepBatches) -> Tensor:
-        """Accumulate the gradients of all micro-batches; returns the step's global loss, () float64 on the device."""
+        """Accumulate gradients; returns the step's global loss (and auxiliary loss), (1,) or (2,) float64."""
         training, weight = self.config.training, max(float(batches.global_weight), 1.0)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches.micro_batches):
             seed_forward(training.seed, self.step, index, self.strategy.rank)
             with self.strategy.accumulate(self.module, index == len(batches.micro_batches) - 1):
                 with autocast(training.precision, self.device):
                     output, self._carries[index] = self.module(batch.to(self.device), self._carries[index])
-                self.scaler.apply(output.loss_sum * (self.strategy.world_size / weight)).backward()
-            total += output.loss_sum.detach()
+                self.scaler.apply(output.objective * (self.strategy.world_size / weight)).backward()
+            sums = [part.detach().double() for part in (output.loss_sum, output.aux_sum) if part is not None]
+            total = total + torch.stack(sums)
         return self.strategy.all_reduce(total / weight)
 
     # -- boundaries --------------------------------------------------------------------------------------------------
@@ -273,12 +274,11 @@ class TrainLoop:
             pending, self._pending = self._pending, None
             self._announce(pending)
         steps = range(self.step - len(rows) + 1, self.step + 1)
-        curve = {
-            "train_loss": [(step, row[0]) for step, row in zip(steps, rows, strict=True)],
-            "grad_norm": [(step, row[1]) for step, row in zip(steps, rows, strict=True)],
-            "lr": [(step, self.schedule(step - 1)) for step in steps],
-        }
-        bad = [step for step, row in zip(steps, rows, strict=True) if row[2]]
+        names = ("train_loss", "grad_norm", "nonfinite", "aux_loss")[: len(rows[0])]
+        columns = zip(names, zip(*rows, strict=True), strict=True)
+        curve = {name: list(zip(steps, column, strict=True)) for name, column in columns}
+        curve["lr"] = [(step, self.schedule(step - 1)) for step in steps]
+        bad = [step for step, is_bad in curve.pop("nonfinite") if is_bad]
         self.nonfinite_steps += len(bad)
         metrics = {name: values[-1][1] for name, values in curve.items()}
         metrics |= {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from glowflow.config.architectures import DecoderConfig
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.core.architectures.base import BaseArchitecture
 from glowflow.core.batch import Batch
@@ -43,6 +44,7 @@ class MemoryEstimate:
         optimizer: state of the optimiser.
         gathered: whole weights (and gradients) that FSDP has gathered at the same time.
         activations: what one micro-batch keeps for the backward pass, casts of the weights included.
+        carry: recurrent memory that the micro-batches of a step leave to the next; 0 for most architectures.
         reserve: allocator slack, communication buffers and the runtime: an allowance, not a measurement.
         micro_batch_size: sequences per forward pass that this is for.
     """
@@ -52,6 +54,7 @@ class MemoryEstimate:
     optimizer: float
     gathered: float
     activations: float
+    carry: float
     reserve: float
     micro_batch_size: int
 
@@ -110,7 +113,8 @@ class _Estimator:
     """What does not depend on the micro-batch is worked out once."""
 
     def __init__(self, config: GlowFlowConfig, device_type: str, workers: int) -> None:
-        self.config, self.device_type = config, device_type
+        self.config = config = _any_kernel(config)
+        self.device_type, self.workers = device_type, workers
         precision, strategy = config.training.precision, config.training.strategy
         sharded = strategy == "fsdp" or (strategy == "auto" and workers > 1)
         share = workers if sharded else 1
@@ -124,9 +128,19 @@ class _Estimator:
 
     def at(self, micro_batch_size: int) -> MemoryEstimate:
         with FakeTensorMode(), torch.random.fork_rng(devices=[]), _default_dtype(self._dtype):
-            activations = _activation_bytes(build_module(self.config, device="cpu"), self.config, micro_batch_size)
-        reserve = RESERVE_BYTES.get(self.device_type, 0.0) + RESERVE_SHARE * (sum(self._fixed) + activations)
-        return MemoryEstimate(*self._fixed, activations, reserve, micro_batch_size)
+            module = build_module(self.config, device="cpu")
+            activations, carry = _activation_bytes(module, self.config, micro_batch_size)
+        carry *= max(1, self.config.training.batch_size // self.workers // micro_batch_size)
+        reserve = RESERVE_BYTES.get(self.device_type, 0.0) + RESERVE_SHARE * (sum(self._fixed) + activations + carry)
+        return MemoryEstimate(*self._fixed, activations, carry, reserve, micro_batch_size)
+
+
+def _any_kernel(config: GlowFlowConfig) -> GlowFlowConfig:
+    """A GPU's kernels cannot run on fake CPU tensors: what ``auto`` takes here keeps about as much."""
+    if not isinstance(config.model, DecoderConfig):
+        return config
+    attention = config.model.attention.model_copy(update={"backend": "auto"})
+    return config.model_copy(update={"model": config.model.model_copy(update={"attention": attention})})
 
 
 @contextlib.contextmanager
@@ -211,13 +225,14 @@ class _SavedBytes:
         return self.outside + sum(self.units)
 
 
-def _activation_bytes(module: BaseArchitecture, config: GlowFlowConfig, size: int) -> float:
+def _activation_bytes(module: BaseArchitecture, config: GlowFlowConfig, size: int) -> tuple[float, float]:
+    """What a forward pass keeps for the backward pass (the memory that it reads among it), and its new carry."""
     saved = _SavedBytes(module.train())
     batch = _fake_batch(size, config.data.context, single=not config.data.document_mask)
     hooks: contextlib.AbstractContextManager[object] = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t)
     with hooks, autocast(config.training.precision, torch.device("cpu")):
-        module(batch)
-    return saved.peak(config.training.activation_checkpointing)
+        _, carry = module(batch)
+    return saved.peak(config.training.activation_checkpointing), _num_bytes(list((carry or {}).values()))
 
 
 def _fake_batch(size: int, context: int, *, single: bool) -> Batch:

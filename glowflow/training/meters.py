@@ -17,17 +17,19 @@ __all__ = ["StepBuffer", "StepClock", "memory_mib"]
 
 
 class StepBuffer:
-    """A device table with one row of float64 per step since the last read.
+    """A device table with one row of float64 per step since the last read; the first row says how wide it is.
 
     float64 holds every float32 exactly, so what is read is bit for bit what was computed.
     """
 
-    def __init__(self, capacity: int, num_columns: int, device: torch.device) -> None:
-        self._table = torch.zeros(capacity, num_columns, dtype=torch.float64, device=device)
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self._table = torch.zeros(capacity, 0, dtype=torch.float64, device=device)
         self._used = 0
 
     def append(self, *values: Tensor) -> None:
-        """Add a row of () tensors."""
+        """Add a row of () tensors, as many as in every row before."""
+        if not self._table.shape[1]:
+            self._table = self._table.new_zeros(len(self._table), len(values))
         self._table[self._used].copy_(torch.stack([value.detach().double() for value in values]))
         self._used += 1
 

@@ -201,7 +201,7 @@ def _inputs(
     open_eval_stream: OpenStream,
 ) -> LoopInputs:
     data, training = config.data, config.training
-    shape = {"context": data.context, "global_batch": training.batch_size, "layout": data.layout}
+    shape = {"context": data.context, "global_batch": training.batch_size, "layout": config.layout}
     train_plan = plan(
         sources,
         seed=training.seed,

@@ -76,7 +76,9 @@ def test_missing_file_and_yaml_syntax(fails: Fails, tmp_path: Path) -> None:
 
 
 def test_not_yet_registered_names_are_listed_together(fails: Fails, repository: Path) -> None:
-    fails("train", str(repository / "configs/base.yaml"), mentions=("transformer-xl", "transformer", "lion", "adamw"))
+    base = str(repository / "configs/base.yaml")
+    fails("train", base, mentions=("lion", "adamw"))
+    fails("train", base, "model.arch=mamba", mentions=("mamba", "transformer-xl", "lion", "adamw"))
 
 
 def test_data_directory_without_manifest(workshop: Workshop, fails: Fails, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def test_json_schema_takes_every_resolved_default() -> None:
     [
         {"modle": {}},
         {"model": {"dept": 3}},
-        {"model": {"arch": "transformer-xl"}},
+        {"model": {"arch": "mamba"}},
+        {"model": {"arch": "transformer-xl", "position": "rope"}},
         {"model": {"depth": "four"}},
         {"training": {"optimizer": "lion"}},
         {"training": {"optimizer": {"name": "adamw", "rho": 1}}},

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glowflow.config.architectures import TransformerConfig
 from glowflow.config.errors import ConfigError
 from glowflow.core.architectures.transformer import Transformer
 from glowflow.core.batch import Batch
@@ -122,3 +123,22 @@ def test_bad_options_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
         SamplingOptions(temperature=-1, top_k=0, top_p=1.5)
     assert [p.key for p in caught.value.problems] == ["temperature", "top_k", "top_p"]
+
+
+def test_a_windowed_model_decodes_in_memory_that_does_not_grow_with_the_text() -> None:
+    """Measured: what the cache holds, and what its storages take, after ten times as much text."""
+    sizes: dict[int, list[int]] = {}
+    for length in (64, 640):
+        attention = {"kind": "windowed", "window": 8, "sinks": 2}
+        config = TransformerConfig(vocab_size=11, dim=16, depth=2, heads=2, attention=attention)  # type: ignore[arg-type]
+        module = Transformer(config).eval()
+        cache = module.new_cache(1, length)
+        with torch.no_grad():
+            module.decode(torch.zeros(1, 9, dtype=torch.int64), cache)
+            for _ in range(length - 9):
+                module.decode(torch.ones(1, 1, dtype=torch.int64), cache, last_only=True)
+        held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]  # type: ignore[attr-defined]
+        sizes[length] = [cache.nbytes(), *(tensor.untyped_storage().nbytes() for tensor in held)]
+        assert cache.length == length
+    assert sizes[64] == sizes[640]
+    assert sizes[64][0] == 2 * 2 * (8 + 2) * 16 * 4  # layers, keys and values, positions, width, bytes

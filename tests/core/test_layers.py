@@ -1,19 +1,19 @@
-"""Hand-written gradients against autograd and finite differences; rotary angles; the chunked loss."""
+"""Hand-written gradients of norms and feed-forwards against autograd and finite differences; rotary angles."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from glowflow.core.layers import head as head_module
-from glowflow.core.layers.head import OutputHead, chunked_loss, plain_loss
+from glowflow.config.architectures import RopeScalingConfig
+from glowflow.core.layers.feed_forward import ACTIVATIONS, build_feed_forward, gated
 from glowflow.core.layers.norm import RMSNorm, rms_norm
-from glowflow.core.layers.rotary import Rotary, rotate, split_rotate
-from glowflow.core.layers.swiglu import SwiGLU, swiglu
+from glowflow.core.layers.rotary import Rotary, frequencies, rotate, split_rotate, temperature
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -45,19 +45,34 @@ def test_rms_norm_of_a_strided_view_and_in_bf16() -> None:
     torch.testing.assert_close(half.float(), torch.ones(2, 8))
 
 
-def test_swiglu_equals_its_formula_and_passes_gradcheck() -> None:
-    gate_up = random(2, 3, 8)
+@pytest.mark.parametrize("ffn", ["swiglu", "geglu", "reglu"])
+def test_gated_products_equal_their_formula_and_pass_gradcheck(ffn: str) -> None:
+    gate_up, direction = random(2, 3, 8), random(2, 3, 4, seed=1).detach()
     gate, up = gate_up.chunk(2, -1)
-    torch.testing.assert_close(swiglu(gate_up), gate * torch.sigmoid(gate) * up)
-    assert torch.autograd.gradcheck(swiglu, (gate_up,))
+    normal = 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
+    want = {"swiglu": gate * torch.sigmoid(gate), "geglu": gate * normal, "reglu": gate.clamp(min=0)}[ffn] * up
+    got = gated(gate_up, ACTIVATIONS[ffn])
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+    (theirs,) = torch.autograd.grad(want, gate_up, direction)
+    torch.testing.assert_close(torch.autograd.grad(got, gate_up, direction)[0], theirs, rtol=1e-13, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda x: gated(x, ACTIVATIONS[ffn]), (gate_up,))
 
 
-def test_swiglu_halves_are_gate_then_up() -> None:
-    layer = SwiGLU(3, 4).double()
+def test_halves_are_gate_then_up() -> None:
+    layer = build_feed_forward(3, 4, "swiglu").double()
     x = random(2, 3)
     gate, up = layer.gate_up.weight[:4], layer.gate_up.weight[4:]
     want = (F.silu(x @ gate.T) * (x @ up.T)) @ layer.down.weight.T
     torch.testing.assert_close(layer(x), want)
+
+
+@pytest.mark.parametrize(("ffn", "act"), [("gelu", F.gelu), ("relu", F.relu)])
+def test_a_plain_feed_forward_has_one_hidden_layer(ffn: str, act: Callable[[Tensor], Tensor]) -> None:
+    layer = build_feed_forward(3, 4, ffn).double()
+    x = random(2, 3)
+    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    assert shapes == {"up.weight": (4, 3), "down.weight": (3, 4)}
+    torch.testing.assert_close(layer(x), act(x @ layer.up.weight.T) @ layer.down.weight.T)
 
 
 def test_rotation_is_by_position_times_frequency() -> None:
@@ -114,70 +129,41 @@ def test_tables_grow_and_keep_their_start() -> None:
     assert torch.equal(longer.slice(0, 10).sin, short.sin)
 
 
-@pytest.fixture
-def loss_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    targets = torch.randint(0, 13, (29,), generator=torch.Generator().manual_seed(5))
-    weights = torch.rand(29, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
-    weights[3] = 0.0
-    return random(29, 6), random(13, 6, seed=1), targets, weights
+def test_linear_scaling_divides_positions() -> None:
+    scaled = Rotary(8, 100.0, scaling=RopeScalingConfig(method="linear", factor=4.0, original_context=16))
+    stretched, plain = (r.tables(64, torch.device("cpu"), torch.float64) for r in (scaled, Rotary(8, 100.0)))
+    torch.testing.assert_close(stretched.cos[::4], plain.cos[:16], rtol=0, atol=1e-14)
+    torch.testing.assert_close(stretched.sin[::4], plain.sin[:16], rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("elements", [13, 13 * 7, 10**6])
-def test_chunked_loss_equals_the_plain_one(
-    loss_inputs: tuple[Tensor, ...], elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", elements)
-    hidden, matrix, targets, weights = loss_inputs
-    want = plain_loss(hidden, matrix, targets, weights)
-    got = chunked_loss(hidden, matrix, targets, weights)
-    torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
-    wanted = torch.autograd.grad(want * 0.37, (hidden, matrix))
-    for a, b in zip(torch.autograd.grad(got * 0.37, (hidden, matrix)), wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-    assert wanted[0][3].abs().max() == 0
+def test_ntk_scaling_keeps_the_fastest_and_stretches_the_slowest_fully() -> None:
+    scaling = RopeScalingConfig(method="ntk", factor=4.0, original_context=16)
+    scaled, plain = frequencies(8, 1000.0, scaling), frequencies(8, 1000.0)
+    torch.testing.assert_close(scaled, (1000.0 * 4 ** (8 / 6)) ** (-torch.arange(4, dtype=torch.float64) / 4))
+    assert scaled[0] == plain[0] == 1
+    assert math.isclose(scaled[-1], plain[-1] / 4, rel_tol=1e-12)
+    assert frequencies(2, 1000.0, scaling).tolist() == [1.0], "a single frequency has no base"
 
 
-def test_chunked_loss_without_gradients(loss_inputs: tuple[Tensor, ...]) -> None:
-    hidden, matrix, targets, weights = loss_inputs
-    with torch.no_grad():
-        got = chunked_loss(hidden, matrix, targets, weights)
-    torch.testing.assert_close(got, plain_loss(hidden, matrix, targets, weights))
-    only_matrix = chunked_loss(hidden.detach(), matrix, targets, weights)
-    (gradient,) = torch.autograd.grad(only_matrix, matrix)
-    assert gradient.shape == matrix.shape
+def test_yarn_keeps_fast_pairs_and_stretches_slow_ones() -> None:
+    scaling = RopeScalingConfig(method="yarn", factor=8.0, original_context=2048)
+    scaled, plain = frequencies(128, 10000.0, scaling), frequencies(128, 10000.0)
+    turns = 2048 * plain / (2 * math.pi)
+    assert torch.equal(scaled[turns > 32], plain[turns > 32])
+    assert torch.equal(scaled[turns < 1], plain[turns < 1] / 8)
+    between = (turns > 1) & (turns < 32)
+    gamma = (turns[between] - 1) / 31
+    torch.testing.assert_close(scaled[between], (1 - gamma) * plain[between] / 8 + gamma * plain[between])
+    assert between.sum() > 5 and (turns > 32).sum() > 5 and (turns < 1).sum() > 5
 
 
-def test_head_takes_the_chunked_way_when_the_scores_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = OutputHead(6, 13).double()
-    nn.init.normal_(head.matrix)
-    hidden, targets = random(2, 9, 6), torch.arange(18).view(2, 9) % 13
-    weights = torch.ones(2, 9)
-    plain = head.loss(hidden, targets, weights)
-    taken: list[int] = []
-    real = head_module._loss_and_gradients
-    monkeypatch.setattr(head_module, "_loss_and_gradients", lambda *a: (taken.append(1), real(*a))[1])
-    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", 40)
-    chunked = head.loss(hidden, targets, weights)
-    assert taken
-    torch.testing.assert_close(plain, chunked)
-    assert plain[1] == 18
-
-
-def test_chunked_loss_under_autocast_and_loss_scaling() -> None:
-    hidden, matrix = random(40, 16, dtype=torch.float32), random(50, 16, seed=1, dtype=torch.float32)
-    targets, weights = torch.arange(40), torch.ones(40)
-    want = torch.autograd.grad(plain_loss(hidden, matrix, targets, weights), (hidden, matrix))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = chunked_loss(hidden, matrix, targets, weights)
-    assert loss.dtype == torch.float32
-    for a, b in zip(torch.autograd.grad(loss * 2.0**20, (hidden, matrix)), want, strict=True):
-        assert a.dtype == torch.float32
-        torch.testing.assert_close(a / 2.0**20, b, rtol=0.05, atol=0.05)
-
-
-def test_tied_head_owns_nothing_and_follows_a_replaced_matrix() -> None:
-    embedding = nn.Embedding(13, 6)
-    head = OutputHead(6, 13, embedding)
-    assert list(head.parameters()) == []
-    embedding.weight = nn.Parameter(torch.full((13, 6), 2.0))
-    assert torch.equal(head(torch.ones(1, 6)), torch.full((1, 13), 12.0))
+def test_yarn_warms_scores_by_its_temperature() -> None:
+    scaling = RopeScalingConfig(method="yarn", factor=8.0, original_context=16)
+    assert temperature(scaling) == 0.1 * math.log(8) + 1
+    assert temperature(None) == temperature(scaling.model_copy(update={"method": "ntk"})) == 1
+    tables = Rotary(6, 10000.0, 3, scaling).tables(5, torch.device("cpu"), torch.float64)
+    qkv = random(2, 5, 4 * 6)
+    q, k, _ = split_rotate(qkv, 2, 1, tables)
+    norms = qkv.view(2, 5, 4, 6)[:, :, :3].norm(dim=-1).transpose(1, 2) * temperature(scaling)
+    torch.testing.assert_close(torch.cat((q, k), 1).norm(dim=-1), norms)
+    assert torch.autograd.gradcheck(lambda x: split_rotate(x, 2, 1, tables), (qkv,))

@@ -137,10 +137,10 @@ def test_weights_of_another_architecture_are_refused(
     assert not deeper.touched
     content = torch.load(path, weights_only=True)
     renamed = copy.deepcopy(content)
-    renamed["config"]["model"]["arch"] = "transformer-xl"
+    renamed["config"]["model"]["arch"] = "mamba"
     torch.save(renamed, path)
     for load in (lambda: GlowFlowModel.load(path), lambda: deeper.load_weights(path)):
-        with pytest.raises(CheckpointError, match="transformer-xl"):
+        with pytest.raises(CheckpointError, match="mamba"):
             load()
 
 

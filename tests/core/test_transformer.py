@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from glowflow.config.errors import ConfigError
 from glowflow.core.architectures.base import BaseArchitecture
-from glowflow.core.architectures.transformer import Transformer, document_mask
+from glowflow.core.architectures.transformer import Transformer
+from glowflow.core.attention.masks import Visibility
+from glowflow.core.attention.spec import AttentionSpec
 from glowflow.core.batch import Batch
 from glowflow.core.layers import head as head_module
 
@@ -65,7 +67,13 @@ def test_forward_and_gradients_equal_the_model_by_hand(
 ) -> None:
     module, batch = make_module(init_std=0.3, **variant), make_batch(documents=documents)
     output, carry = module(batch)
-    logits = by_hand(module, batch.tokens, document_mask(batch.document_ids))
+    logits = by_hand(
+        module,
+        batch.tokens,
+        Visibility(*[batch.tokens.shape[1]] * 2, batch.tokens.device, documents=batch.document_ids).mask(
+            AttentionSpec()
+        ),
+    )
     assert carry is None
     torch.testing.assert_close(module.logits(output.hidden), logits, rtol=1e-9, atol=1e-10)
     nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ import pytest
 import torch
 
 from glowflow.config.errors import DataError
+from glowflow.config.loader import apply_overrides
 from glowflow.core.model import GlowFlowModel
 from glowflow.data.manifest import Manifest
 from glowflow.data.plan import eval_plan
 from glowflow.data.prepare import ensure_built
 from glowflow.evaluation.analyzer import ModelAnalyzer, token_nll
 from glowflow.evaluation.baselines import ngram_baselines
-from glowflow.evaluation.documents import TargetStream, document_texts
+from glowflow.evaluation.documents import TargetLookup, TargetStream, document_texts
 
 
 class Uniform(torch.nn.Module):
@@ -103,6 +105,56 @@ def test_target_stream_repeats_the_plan(byte_manifest: Manifest) -> None:
     assert len(np.unique(documents)) == byte_manifest.split("train").documents
     changes = int((documents[1:] != documents[:-1]).sum())
     assert changes == byte_manifest.split("train").documents - 1  # each document in one piece
+
+
+def test_target_lookup_finds_the_document_of_any_target(byte_manifest: Manifest) -> None:
+    split = byte_manifest.split("train")
+    _, documents = TargetStream(byte_manifest, "train").take(split.tokens)
+    numbers = np.random.default_rng(0).permutation(len(documents))
+    np.testing.assert_array_equal(TargetLookup(byte_manifest, "train").documents(numbers), documents[numbers])
+
+
+def test_memory_is_carried_along_lanes(model: GlowFlowModel, byte_manifest: Manifest) -> None:
+    """With a memory that holds every document, one lane in short segments gives each document what it gets alone."""
+    keys = {"model.arch": "transformer-xl", "model.memory": 8, "model.eval_memory": 400}
+    xl = GlowFlowModel(apply_overrides(model.config, keys))
+    analyzer, total = ModelAnalyzer(xl.module, byte_manifest.tokenizer_spec), 0.0
+    for text in document_texts(byte_manifest, "validation"):
+        ids = torch.from_numpy(byte_manifest.tokenizer().encode_document(text.decode()).astype(np.int64))[None]
+        with torch.no_grad():
+            scores = xl.module.decode(ids[:, :-1], xl.module.new_cache(1, ids.shape[1])).log_softmax(-1)
+        total -= scores.gather(-1, ids[:, 1:, None]).sum().item()
+    results = {n: analyzer.perplexity(byte_manifest, context=32, batch_size=n, layout="lanes") for n in (1, 6)}
+    split = byte_manifest.split("validation")
+    for result in results.values():
+        assert result["tokens"] == split.tokens - split.rows and result["documents"] == split.documents
+    assert results[1]["loss"] == pytest.approx(total / results[1]["tokens"], rel=1e-5)
+    # Each of six lanes begins inside a document, of which it remembers nothing.
+    assert (
+        results[6]["loss"] == pytest.approx(results[1]["loss"], rel=0.01) and results[6]["loss"] != results[1]["loss"]
+    )
+    forgetful = analyzer.perplexity(byte_manifest, context=32, batch_size=1)["loss"]
+    assert abs(forgetful / results[1]["loss"] - 1) > 1e-4
+
+
+@pytest.mark.parametrize("lanes", [3, 8])
+def test_lanes_give_every_target_to_its_document(
+    model: GlowFlowModel, byte_manifest: Manifest, monkeypatch, lanes: int
+) -> None:
+    """A loss that says which document and target it belongs to lands there."""
+    split = byte_manifest.split("validation")
+    targets, documents = TargetStream(byte_manifest, "validation").take(split.tokens)
+    analyzer, found = ModelAnalyzer(model.module, byte_manifest.tokenizer_spec), {}
+    monkeypatch.setattr("glowflow.evaluation.analyzer.token_nll", lambda module, hidden, wanted: wanted.double() + 0.25)
+    monkeypatch.setattr("glowflow.evaluation.analyzer._report", lambda sums, *_: found.update(sums=sums) or {})
+    analyzer.perplexity(byte_manifest, context=16, batch_size=lanes, layout="lanes")
+    units = found["sums"].documents
+    assert {key: unit.tokens for key, unit in units.items()} == Counter(documents.tolist())
+    for key, unit in units.items():
+        assert unit.nll == pytest.approx((targets[documents == key] + 0.25).sum())
+    blocks = found["sums"].blocks
+    assert sum(unit.tokens for unit in blocks.values()) == len(targets)
+    assert {unit.tokens for key, unit in blocks.items() if key < max(blocks)} == {max(16, len(targets) // 200)}
 
 
 def test_is_deterministic_and_leaves_the_module_as_it_was(model: GlowFlowModel, byte_manifest: Manifest) -> None:

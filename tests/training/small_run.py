@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,14 @@ def stream(
     rank: int = 0,
     world_size: int = 1,
     poison: frozenset[int] = frozenset(),
+    rows: Callable[[int, GlowFlowConfig], Batch] = make_rows,
 ) -> Iterator[StepBatches]:
-    """This rank's micro-batches; the loss of a poisoned step is infinite on the last rank."""
+    """This rank's micro-batches of the global batches that ``rows`` gives; the loss of a poisoned step is infinite on
+    the last rank."""
     share = config.training.batch_size // world_size
     micro = share // config.grad_accum_steps
     for step in range(start, stop):
-        whole = make_rows(step, config)
+        whole = rows(step, config)
         weight = float(whole.loss_weights.sum())
         if step in poison and rank == world_size - 1:
             whole.loss_weights[-1, 0] = float("inf")
@@ -122,6 +124,7 @@ def make_loop(
     validate: bool = True,
     callbacks: tuple[Callback, ...] = (),
     fingerprint: str = "plan-1",
+    rows: Callable[[int, GlowFlowConfig], Batch] = make_rows,
 ) -> tuple[TrainLoop, Recorder]:
     strategy = make_strategy(config.training.strategy, device=torch.device("cpu"), precision=config.training.precision)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -129,10 +132,10 @@ def make_loop(
     rank, world = strategy.rank, strategy.world_size
 
     def open_validation() -> Iterator[StepBatches]:
-        return stream(config, 10_000, 10_003, rank, world)
+        return stream(config, 10_000, 10_003, rank, world, rows=rows)
 
     inputs = LoopInputs(
-        open_stream=lambda start, stop: stream(config, start, stop, rank, world, poison),
+        open_stream=lambda start, stop: stream(config, start, stop, rank, world, poison, rows),
         cursor=lambda step: {"epoch": 0, "step": step, "fingerprint": fingerprint},
         epoch=lambda step: step / 100,
         open_validation=open_validation if validate else None,
@@ -169,3 +172,19 @@ def optimizer_state(loop: TrainLoop) -> list[torch.Tensor]:
 
 
 __all__ = ["make_loop", "make_rows", "optimizer_state", "small_config", "stream", "train", "weights"]
+
+
+def train_sharded(
+    config: GlowFlowConfig, run_dir: Path, resume: Path | None, **more: Any
+) -> dict[str, dict[int, float]]:
+    """Curves of a run as sharded as it gets: a group per block, whose weights are gathered anew for each pass."""
+    from glowflow.training.strategies.fsdp import FSDPStrategy
+
+    make = FSDPStrategy.__init__
+    try:
+        FSDPStrategy.__init__ = lambda self, **options: make(self, **options, group_bytes=0, keep_bytes=0)  # type: ignore[method-assign,assignment]
+        loop, recorder = make_loop(config, run_dir, **more)
+    finally:
+        FSDPStrategy.__init__ = make  # type: ignore[method-assign]
+    loop.run(resume)
+    return recorder.curve

@@ -3,6 +3,7 @@
 An architecture is an ordinary ``nn.Module`` that is cheap to construct (also on the meta device), takes a ``Batch``
 and gives back hidden states, a weighted loss sum and its carry. A custom model derives from ``BaseArchitecture``,
 sets ``config_class`` and implements ``forward``; the other methods have defaults or say clearly what is missing.
+docs/custom-architecture.md is the guide, ``validation.py`` tries such a model before it is trained.
 
 Shapes: B sequences, T positions, D width, V vocabulary.
 """
@@ -10,7 +11,7 @@ Shapes: B sequences, T positions, D width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from glowflow.config.architectures import ArchitectureConfig
 from glowflow.config.errors import ConfigError, Problem
 from glowflow.core.batch import Batch, ModelOutput
 
-__all__ = ["BaseArchitecture", "Carry", "InitSpec"]
+__all__ = ["BaseArchitecture", "Carry", "InitSpec", "MissingMethodError", "ParameterRole", "default_role"]
+
+ConfigT = TypeVar("ConfigT", bound=ArchitectureConfig)
 
 Carry: TypeAlias = dict[str, Tensor] | None
 """Recurrent memory by name, each tensor indexed by lane in its first dimension; None for architectures without one."""
@@ -33,8 +36,38 @@ class InitSpec:
     std: float = 0.0
 
 
+@dataclass(frozen=True)
+class ParameterRole:
+    """What a parameter is for; its weight decay and learning rate follow from it (arXiv:2203.03466, table 8).
+
+    Args:
+        kind: ``embedding``: rows that are looked up (a tied output matrix too); ``hidden``: a matrix between widths;
+            ``output``: the matrix that scores the vocabulary; ``vector``: gains, biases, everything else whose size
+            grows with one width only. A vector does not decay.
+        fan_in: number of inputs that each output of a hidden or output matrix sums over.
+        lr_scale: learning rate of this parameter over ``training.lr``, at every step.
+    """
+
+    kind: Literal["embedding", "hidden", "output", "vector"]
+    fan_in: int | None = None
+    lr_scale: float = 1.0
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies."""
+        return self.kind != "vector"
+
+
+class MissingMethodError(ConfigError, NotImplementedError):
+    """A custom architecture leaves out a method that what was asked for needs."""
+
+
 class BaseArchitecture(nn.Module):
     """Base of all architectures.
+
+    Class attributes:
+        config_class: the schema of the keys under ``model:``, derived from ``ArchitectureConfig``.
+        head: what turns hidden states into scores: an ``OutputHead``, or any module (..., D) -> (..., V).
 
     Args:
         config: the section ``model`` of the experiment, with ``vocab_size`` set.
@@ -58,13 +91,27 @@ class BaseArchitecture(nn.Module):
     def forward(self, batch: Batch, carry: Carry = None, *, compute_loss: bool = True) -> tuple[ModelOutput, Carry]:
         """Hidden states, and with ``compute_loss`` the weighted sums of the loss, of one micro-batch.
 
-        The output's ``loss_sum`` is in nats and not normalised; the caller divides by the global weight.
+        Args:
+            batch: B sequences of T positions; a position counts as much as its ``loss_weights`` says.
+            carry: what the pass over the sequences before gave back for the same lanes; None before the first.
+            compute_loss: False where only the hidden states are wanted.
+
+        Returns:
+            The output, whose ``loss_sum`` is in nats and not normalised (the caller divides by the global weight), and
+            the carry: detached, lanes in the first dimension; None without recurrent memory.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not implement forward(batch, carry)")
+        raise self._missing("forward(batch, carry)")
 
     def shard_units(self) -> list[nn.Module]:
-        """Blocks in order of execution: what is sharded, checkpointed and compiled one by one. Default: none."""
+        """Blocks in order of execution: what is sharded, checkpointed and compiled one by one. Default: none.
+
+        Each is a submodule that ``forward`` calls as ``block(...)``, since FSDP gathers its weights at that call.
+        """
         return []
+
+    def parameter_role(self, name: str) -> ParameterRole:
+        """What the parameter with this qualified name is for. Default: see ``default_role``."""
+        return default_role(self, name)
 
     def init_spec(self, name: str) -> InitSpec:
         """How the parameter with this qualified name starts. Default: matrices N(0, 0.02), biases 0, others 1."""
@@ -80,7 +127,9 @@ class BaseArchitecture(nn.Module):
                 reset()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token, (B, T, D) -> (B, T, V)."""
+        """Scores of the next token, (..., D) -> (..., V)."""
+        if getattr(self, "head", None) is None:
+            raise self._missing("logits(hidden), and has no head")
         logits: Tensor = self.head(hidden)
         return logits
 
@@ -88,7 +137,7 @@ class BaseArchitecture(nn.Module):
         self, batch_size: int, max_length: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Any:
         """An empty decoding cache for ``batch_size`` sequences of at most ``max_length`` tokens."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement cached decoding")
+        raise self._missing("cached decoding (new_cache)")
 
     def decode(self, tokens: Tensor, cache: Any, *, last_only: bool = False) -> Tensor:
         """Append ``tokens`` (B, T) to the cache and score what follows.
@@ -96,11 +145,16 @@ class BaseArchitecture(nn.Module):
         Returns:
             (B, T, V) logits, or (B, 1, V) for the last position with ``last_only``.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not implement cached decoding")
+        raise self._missing("cached decoding (decode)")
 
     def flops_per_token(self, context: int) -> float:
         """Operations of one training token, forward and backward (PaLM, arXiv:2204.02311, appendix B)."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement flops_per_token")
+        raise self._missing("flops_per_token(context)")
+
+    @classmethod
+    def small_config(cls, config: ConfigT) -> ConfigT:
+        """A smaller config of the same shape, on which a custom model is tried before training. Default: the same."""
+        return config
 
     def num_parameters(self) -> int:
         """Number of parameters; a tied matrix counts once."""
@@ -109,3 +163,25 @@ class BaseArchitecture(nn.Module):
     def num_embedding_parameters(self) -> int:
         """Parameters that are only looked up, never multiplied: the token embedding unless it is tied. Default: 0."""
         return 0
+
+    def _missing(self, method: str) -> MissingMethodError:
+        hint = "docs/custom-architecture.md shows what a custom model implements"
+        rule = f"{type(self).__name__} does not implement {method}"
+        return MissingMethodError(Problem("model.arch", rule, hint=hint))
+
+
+def default_role(module: nn.Module, name: str) -> ParameterRole:
+    """The role that shape and place of a parameter suggest.
+
+    At most one dimension, or named ``bias``: vector. The weight of an ``nn.Embedding``: embedding. Of the submodule
+    ``head``: output. All others: hidden, with the inputs of a convolution or else the last dimension as fan-in.
+    """
+    shape = module.get_parameter(name).shape
+    if len(shape) <= 1 or name.endswith("bias"):
+        return ParameterRole("vector")
+    owner = module.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, nn.Embedding):
+        return ParameterRole("embedding")
+    convolution = isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    fan_in = shape[1:].numel() if convolution else shape[-1]
+    return ParameterRole("output" if name.startswith("head.") else "hidden", fan_in)

@@ -1,46 +1,45 @@
-"""The key/value cache of decoding: fixed memory, filled from the left."""
+"""What a layer remembers while tokens are appended one by one: all keys, the last ones in a ring, or a state.
+
+Each attention layer makes its own part (``new_cache``) and is the only one to read it; ``DecodeCache`` holds the parts
+and how far the text has come. A layer writes with ``length`` as it was before the pass; ``advance`` comes after the
+last layer.
+
+Legend: B batch, K key/value heads, T new positions, S positions held, D head width.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from glowflow.config.errors import ConfigError, Problem
 
-__all__ = ["KVCache"]
+__all__ = ["DecodeCache", "FullKV", "LayerCache", "RingKV", "StateCache"]
+
+
+class LayerCache(Protocol):
+    """One layer's part."""
+
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
 
 
 @dataclass
-class KVCache:
-    """Keys and values of all layers.
+class DecodeCache:
+    """The parts of all layers.
 
-    ``keys`` and ``values`` are (L, B, K, S, D): layers, sequences, key/value heads, room, head width.
+    Args:
+        layers: one part per layer.
+        max_length: positions that fit.
+        length: positions read so far.
     """
 
-    keys: Tensor
-    values: Tensor
+    layers: list[LayerCache]
+    max_length: int
     length: int = 0
-
-    @classmethod
-    def empty(
-        cls,
-        layers: int,
-        batch_size: int,
-        kv_heads: int,
-        max_length: int,
-        head_dim: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ) -> KVCache:
-        """Room for ``max_length`` positions."""
-        shape = (layers, batch_size, kv_heads, max_length, head_dim)
-        return cls(torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype))
-
-    @property
-    def max_length(self) -> int:
-        return self.keys.shape[3]
 
     def require(self, num_new: int) -> None:
         """Check that ``num_new`` positions fit.
@@ -49,24 +48,111 @@ class KVCache:
             ConfigError: they do not.
         """
         if self.length + num_new > self.max_length:
-            raise ConfigError(
-                Problem(
-                    "max_length",
-                    f"the cache holds {self.max_length} positions",
-                    self.length + num_new,
-                    "ask for a longer cache",
-                )
-            )
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, K, T, D) behind what is there; returns all keys and values of the layer so far.
-
-        ``length`` moves on only with :meth:`advance`, after the last layer.
-        """
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+            rule = f"the cache holds {self.max_length} positions"
+            raise ConfigError(Problem("max_length", rule, self.length + num_new, "ask for a longer cache"))
 
     def advance(self, num_new: int) -> None:
+        """The pass over ``num_new`` positions is over."""
         self.length += num_new
+
+    def nbytes(self) -> int:
+        """Memory held by all layers, in bytes."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+
+class FullKV:
+    """All keys and values, filled from the left: (B, K, S, D) each."""
+
+    def __init__(
+        self,
+        batch_size: int,
+        kv_heads: int,
+        max_length: int,
+        head_dim: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (batch_size, kv_heads, max_length, head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+
+    def update(self, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write (B, K, T, D) behind the ``length`` that are there.
+
+        Returns:
+            All keys and values so far, and None: they lie in order.
+        """
+        end = length + k.shape[2]
+        self.keys[:, :, length:end] = k
+        self.values[:, :, length:end] = v
+        return self.keys[:, :, :end], self.values[:, :, :end], None
+
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+class RingKV:
+    """The first ``sinks`` and the last ``window`` keys and values; memory does not grow with the text.
+
+    Room for S = sinks + window positions; ``positions`` (S,) says which position lies where, -1: none yet.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        kv_heads: int,
+        window: int,
+        sinks: int,
+        head_dim: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (batch_size, kv_heads, sinks + window, head_dim)
+        self.window, self.sinks = window, sinks
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.positions = torch.full((sinks + window,), -1, dtype=torch.int64, device=device)
+
+    def update(self, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Take in (B, K, T, D) at positions ``length`` .. ``length + T - 1``.
+
+        Returns:
+            Keys, values and positions of what was held and what is new, which is all that the T queries may see; for
+            one new position that is the ring itself.
+        """
+        new = torch.arange(length, length + k.shape[2], device=k.device)
+        if k.shape[2] == 1:
+            self._store(k, v, new, length)
+            return self.keys, self.values, self.positions
+        seen = (
+            torch.cat((self.keys, k.to(self.keys.dtype)), dim=2),
+            torch.cat((self.values, v.to(self.values.dtype)), dim=2),
+            torch.cat((self.positions, new)),
+        )
+        self._store(k, v, new, length)
+        return seen
+
+    def _store(self, k: Tensor, v: Tensor, new: Tensor, length: int) -> None:
+        """Keep the sinks, and of the others the last ``window``."""
+        count = k.shape[2]
+        sinks = max(0, min(self.sinks - length, count))
+        recent = max(sinks, count - self.window)
+        kept = torch.cat((torch.arange(sinks), torch.arange(recent, count))).to(k.device)
+        position = new[kept]
+        slot = torch.where(position < self.sinks, position, self.sinks + (position - self.sinks) % self.window)
+        self.keys[:, :, slot] = k[:, :, kept].to(self.keys.dtype)
+        self.values[:, :, slot] = v[:, :, kept].to(self.values.dtype)
+        self.positions[slot] = position
+
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass
+class StateCache:
+    """A recurrent state: tensors by name, of constant size; empty before the first position."""
+
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.state.values())

@@ -1,42 +1,89 @@
-"""Causal self-attention with rotary positions: project, turn, attend, project back.
+"""Self-attention with a softmax, of any kind: project, give positions, attend, project back.
 
 Legend: B batch, T positions, D width, H heads, K key/value heads, W head width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
-from glowflow.core.attention.backends import Backend
-from glowflow.core.attention.cache import KVCache
+from glowflow.core.attention.backends.base import Backend, Conditions
+from glowflow.core.attention.cache import DecodeCache, FullKV, RingKV
+from glowflow.core.attention.dispatch import resolve
+from glowflow.core.attention.heads import attend, new_kv_cache, split_heads
+from glowflow.core.attention.masks import Visibility
 from glowflow.core.attention.spec import AttentionSpec
 from glowflow.core.layers.norm import RMSNorm
-from glowflow.core.layers.rotary import RotaryTables, rotate, split_rotate
+from glowflow.core.layers.rotary import RotaryTables
 
 __all__ = ["AttentionContext", "SelfAttention"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class AttentionContext:
     """What all layers of one forward pass share.
 
     Not a tensor and no pytree: mixed-precision wrappers leave the tables in it alone.
+
+    Args:
+        visibility: who may look at whom, of a pass without a cache; with one, each layer makes its own.
+        conditions: where the pass runs; kernels are chosen by them.
+        backend: ``model.attention.backend``.
+        tables: rotary angles of the new positions; None without RoPE.
+        cache: the layers' memories while decoding.
+        length: positions of the whole sequence: what ``by_length`` goes by. With a cache what fits into it.
     """
 
-    tables: RotaryTables
-    backend: Backend
-    mask_b1ts: Tensor | None = None  # bool; None: plain causal
-    cache: KVCache | None = None
+    visibility: Visibility
+    conditions: Conditions
+    backend: str = "auto"
+    tables: RotaryTables | None = None
+    cache: DecodeCache | None = None
+    length: int = 0
+    _chosen: dict[AttentionSpec, Backend] = field(default_factory=dict, repr=False)
+
+    @property
+    def named(self) -> str:
+        """The backend for this pass: a name is meant for whole sequences, single steps go by ``auto``."""
+        return "auto" if self.conditions.decoding else self.backend
+
+    def kernel(self, spec: AttentionSpec) -> Backend:
+        """The backend that computes a layer of this pass."""
+        if spec not in self._chosen:
+            self._chosen[spec] = resolve(spec, self.named, self.conditions)[0]
+        return self._chosen[spec]
 
 
 class SelfAttention(nn.Module):
-    """Self-attention; ``qkv.weight`` holds the rows of all queries, then keys, then values."""
+    """Self-attention; ``qkv.weight`` holds the rows of all queries, then keys, then values.
 
-    def __init__(self, dim: int, spec: AttentionSpec, layer: int, qk_norm_eps: float | None = None) -> None:
+    Args:
+        dim: width D.
+        spec: what is computed.
+        layer: which part of the cache is this layer's.
+        qk_norm_eps: RMSNorm on queries and keys with this epsilon; None: none.
+        rotary: turn queries and keys by the context's tables.
+        long_spec: what is computed instead for sequences of more than ``dense_up_to`` positions.
+        dense_up_to: see ``long_spec``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        spec: AttentionSpec,
+        layer: int,
+        qk_norm_eps: float | None = None,
+        *,
+        rotary: bool = True,
+        long_spec: AttentionSpec | None = None,
+        dense_up_to: int = 0,
+    ) -> None:
         super().__init__()
-        self.spec = spec
+        self.rotary = rotary
+        self.spec, self.long_spec, self.dense_up_to = spec, long_spec, dense_up_to
         self.layer = layer
         self.qkv = nn.Linear(dim, (spec.heads + 2 * spec.kv_heads) * spec.head_dim, bias=False)
         self.out = nn.Linear(spec.heads * spec.head_dim, dim, bias=False)
@@ -45,20 +92,21 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_btd: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        q_bhtw, k_bktw, v_bktw = self._project(x_btd, context.tables)
-        if context.cache is not None:
-            k_bktw, v_bktw = context.cache.update(self.layer, k_bktw, v_bktw)
-        y_bhtw = context.backend.run(q_bhtw, k_bktw, v_bktw, self.spec, context.mask_b1ts, self.training)
+        q_bhtw, k_bktw, v_bktw = split_heads(
+            self.qkv(x_btd), self.spec, context.tables if self.rotary else None, self.q_norm, self.k_norm
+        )
+        part = None if context.cache is None else context.cache.layers[self.layer]
+        assert part is None or isinstance(part, FullKV | RingKV)
+        y_bhtw = attend(q_bhtw, k_bktw, v_bktw, self.spec_at(context.length), context, part, self.training)
         output: Tensor = self.out(y_bhtw.transpose(1, 2).flatten(2))
         return output
 
-    def _project(self, x_btd: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
-        heads, kv_heads = self.spec.heads, self.spec.kv_heads
-        qkv = self.qkv(x_btd)
-        if self.q_norm is None or self.k_norm is None:
-            return split_rotate(qkv, heads, kv_heads, tables)
-        parts = qkv.view(*qkv.shape[:-1], heads + 2 * kv_heads, -1).split((heads, kv_heads, kv_heads), dim=2)
-        q_bthw, k_btkw = rotate(self.q_norm(parts[0]), tables), rotate(self.k_norm(parts[1]), tables)
-        v_btkw = parts[2]
-        q_bthw, k_btkw = q_bthw.to(v_btkw.dtype), k_btkw.to(v_btkw.dtype)
-        return q_bthw.transpose(1, 2), k_btkw.transpose(1, 2), v_btkw.transpose(1, 2)
+    def spec_at(self, length: int) -> AttentionSpec:
+        """What is computed for a sequence of this length; the same on every rank, since it is a number of the host."""
+        return self.spec if self.long_spec is None or length <= self.dense_up_to else self.long_spec
+
+    def new_cache(
+        self, batch_size: int, max_length: int, device: torch.device | str, dtype: torch.dtype
+    ) -> FullKV | RingKV:
+        """This layer's empty memory: a ring where a window is all that is seen."""
+        return new_kv_cache(self.spec_at(max_length), batch_size, max_length, device, dtype)

@@ -27,12 +27,16 @@ class OutputHead(nn.Module):
         dim: width D.
         vocab_size: vocabulary V.
         tied_to: the token embedding whose (V, D) matrix is used; None: a matrix of its own.
+        softcap: scores s become softcap * tanh(s / softcap) (arXiv:2408.00118); None: they stay as they are.
     """
 
     weight: nn.Parameter | None
 
-    def __init__(self, dim: int, vocab_size: int, tied_to: nn.Embedding | None = None) -> None:
+    def __init__(
+        self, dim: int, vocab_size: int, tied_to: nn.Embedding | None = None, softcap: float | None = None
+    ) -> None:
         super().__init__()
+        self.softcap = softcap
         # In a tuple the embedding is no submodule: its matrix is listed, sharded and saved once, and to_empty or
         # fully_shard may replace it without breaking the tie.
         self._tied_to = () if tied_to is None else (tied_to,)
@@ -45,7 +49,7 @@ class OutputHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
-        return F.linear(hidden, self.matrix)
+        return _capped(F.linear(hidden, self.matrix), self.softcap)
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of the negative log-likelihoods in nats, and the sum of the weights.
@@ -59,9 +63,9 @@ class OutputHead(nn.Module):
         hidden_nd, targets_n, weights_n = hidden.flatten(0, -2), targets.flatten(), weights.flatten()
         matrix_vd = self.matrix
         if hidden_nd.shape[0] * matrix_vd.shape[0] <= CHUNK_ELEMENTS:
-            loss_sum = plain_loss(hidden_nd, matrix_vd, targets_n, weights_n)
+            loss_sum = plain_loss(hidden_nd, matrix_vd, targets_n, weights_n, self.softcap)
         else:
-            loss_sum = chunked_loss(hidden_nd, matrix_vd, targets_n, weights_n)
+            loss_sum = chunked_loss(hidden_nd, matrix_vd, targets_n, weights_n, self.softcap)
         return loss_sum, weights_n.sum()
 
 
@@ -69,47 +73,60 @@ def _chunk_rows(vocab_size: int) -> int:
     return max(1, CHUNK_ELEMENTS // vocab_size)
 
 
-def plain_loss(hidden_nd: Tensor, matrix_vd: Tensor, targets_n: Tensor, weights_n: Tensor) -> Tensor:
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """``softcap * tanh(scores / softcap)``; its derivative is 1 - (capped / softcap)^2."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def plain_loss(
+    hidden_nd: Tensor, matrix_vd: Tensor, targets_n: Tensor, weights_n: Tensor, softcap: float | None = None
+) -> Tensor:
     """The loss sum with all scores at once."""
     scores_nv = F.linear(hidden_nd, matrix_vd)
     if scores_nv.dtype in (torch.float16, torch.bfloat16):
         scores_nv = scores_nv.float()
-    nll_n = F.cross_entropy(scores_nv, targets_n, reduction="none")
+    nll_n = F.cross_entropy(_capped(scores_nv, softcap), targets_n, reduction="none")
     return (nll_n * weights_n).sum()
 
 
-def chunked_loss(hidden_nd: Tensor, matrix_vd: Tensor, targets_n: Tensor, weights_n: Tensor) -> Tensor:
+def chunked_loss(
+    hidden_nd: Tensor, matrix_vd: Tensor, targets_n: Tensor, weights_n: Tensor, softcap: float | None = None
+) -> Tensor:
     """The loss sum, chunk by chunk; differentiable once, in ``hidden_nd`` and ``matrix_vd``."""
     device = hidden_nd.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_nd, matrix_vd = hidden_nd.to(dtype), matrix_vd.to(dtype)
-    loss_sum: Tensor = _ChunkedLoss.apply(hidden_nd, matrix_vd, targets_n, weights_n)
+    loss_sum: Tensor = _ChunkedLoss.apply(hidden_nd, matrix_vd, targets_n, weights_n, softcap)
     return loss_sum
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Scores and their gradient in one go: d loss / d scores = weight * (softmax - onehot(target))."""
+    """Scores and their gradient in one go: d loss / d scores = weight * (softmax - onehot(target)), and the cap's."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_nd: Tensor, matrix_vd: Tensor, targets_n: Tensor, weights_n: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden_nd: Tensor, matrix_vd: Tensor, targets_n: Tensor, weights_n: Tensor, softcap: float | None
+    ) -> Tensor:
         grad_hidden = torch.empty_like(hidden_nd) if ctx.needs_input_grad[0] else None
         grad_matrix = torch.zeros_like(matrix_vd, dtype=_accumulator(matrix_vd)) if ctx.needs_input_grad[1] else None
         with torch.autocast(hidden_nd.device.type, enabled=False):
-            loss_sum = _loss_and_gradients(hidden_nd, matrix_vd, targets_n, weights_n, grad_hidden, grad_matrix)
+            loss_sum = _loss_and_gradients(
+                hidden_nd, matrix_vd, targets_n, weights_n, softcap, grad_hidden, grad_matrix
+            )
         ctx.save_for_backward(grad_hidden, grad_matrix)
         ctx.dtypes = hidden_nd.dtype, matrix_vd.dtype
         return loss_sum
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         # In fp32: a loss scale can be larger than fp16 holds.
         grad_hidden, grad_matrix = (
             None if part is None else (part.to(_accumulator(part)) * grad).to(dtype)
             for part, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return grad_hidden, grad_matrix, None, None
+        return grad_hidden, grad_matrix, None, None, None
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
@@ -121,6 +138,7 @@ def _loss_and_gradients(
     matrix_vd: Tensor,
     targets_n: Tensor,
     weights_n: Tensor,
+    softcap: float | None,
     grad_hidden: Tensor | None,
     grad_matrix: Tensor | None,
 ) -> Tensor:
@@ -130,12 +148,16 @@ def _loss_and_gradients(
     for start in range(0, hidden_nd.shape[0], rows):
         part = slice(start, start + rows)
         hidden_cd, targets_c1, weights_c1 = hidden_nd[part], targets_n[part, None], weights_n[part, None].to(precision)
-        log_probs_cv = F.linear(hidden_cd, matrix_vd).to(precision).log_softmax(dim=-1)
+        scores_cv = _capped(F.linear(hidden_cd, matrix_vd).to(precision), softcap)
+        log_probs_cv = scores_cv.log_softmax(dim=-1)
         loss_sum -= (log_probs_cv.gather(1, targets_c1) * weights_c1).sum()
         if grad_hidden is None and grad_matrix is None:
             continue
         scores_grad_cv = log_probs_cv.exp_().mul_(weights_c1)
-        scores_grad_cv = scores_grad_cv.scatter_add_(1, targets_c1, -weights_c1).to(hidden_nd.dtype)
+        scores_grad_cv = scores_grad_cv.scatter_add_(1, targets_c1, -weights_c1)
+        if softcap is not None:
+            scores_grad_cv.mul_(1 - (scores_cv / softcap).square_())
+        scores_grad_cv = scores_grad_cv.to(hidden_nd.dtype)
         if grad_hidden is not None:
             grad_hidden[part] = scores_grad_cv @ matrix_vd
         if grad_matrix is not None:

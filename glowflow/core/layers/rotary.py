@@ -8,13 +8,16 @@ Legend: B batch, T positions, N heads (queries then keys), D head width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Rotary", "RotaryTables", "rotate", "split_rotate"]
+from glowflow.config.architectures import RopeScalingConfig
+
+__all__ = ["Rotary", "RotaryTables", "frequencies", "rotate", "split_rotate", "temperature"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,22 @@ class RotaryTables:
 
 
 class Rotary:
-    """Makes and keeps the tables, per device and precision; no parameters and no buffers, so nothing to restore."""
+    """Makes and keeps the tables, per device and precision; no parameters and no buffers, so nothing to restore.
 
-    def __init__(self, head_dim: int, theta: float, num_heads: int = 1) -> None:
+    Args:
+        head_dim: width D of a head.
+        theta: base of the frequencies.
+        num_heads: N, queries and keys together.
+        scaling: for contexts longer than in training.
+    """
+
+    def __init__(
+        self, head_dim: int, theta: float, num_heads: int = 1, scaling: RopeScalingConfig | None = None
+    ) -> None:
         self.head_dim = head_dim
         self.theta = theta
-        self.num_heads = num_heads  # queries and keys together
+        self.num_heads = num_heads
+        self.scaling = scaling
         self._tables: dict[tuple[torch.device, torch.dtype], RotaryTables] = {}
 
     def tables(self, length: int, device: torch.device, dtype: torch.dtype) -> RotaryTables:
@@ -45,21 +58,50 @@ class Rotary:
         real = torch.float64 if dtype == torch.float64 else torch.float32
         kept = self._tables.get((device, real))
         if kept is None or kept.cos.shape[0] < length:
-            kept = self._tables[device, real] = self._compute(max(length, 64), device, real)
+            kept = self._tables[device, real] = self._compute(max(64, 1 << (length - 1).bit_length()), device, real)
         return kept if kept.cos.shape[0] == length else kept.slice(0, length)
 
     def _compute(self, length: int, device: torch.device, real: torch.dtype) -> RotaryTables:
         # In fp64 on the host: angles of late positions keep their precision, and every device has the same table.
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
-        angles = torch.outer(torch.arange(length, dtype=torch.float64), self.theta**-exponents)
-        cos, sin = angles.cos().to(device, real), angles.sin().to(device, real)
+        each = frequencies(self.head_dim, self.theta, self.scaling)
+        angles, factor = torch.outer(torch.arange(length, dtype=torch.float64), each), temperature(self.scaling)
+        cos, sin = (angles.cos() * factor).to(device, real), (angles.sin() * factor).to(device, real)
         # A broadcast dimension in the middle costs the CPU its long inner loops, other devices nothing.
         repeats = self.num_heads if device.type == "cpu" else 1
         turn = torch.complex(cos, sin).unsqueeze(1).expand(-1, repeats, -1).contiguous()
         return RotaryTables(cos, sin, turn, turn.conj().resolve_conj())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rotary:
-        return Rotary(self.head_dim, self.theta, self.num_heads)
+        return Rotary(self.head_dim, self.theta, self.num_heads, self.scaling)
+
+
+def frequencies(head_dim: int, theta: float, scaling: RopeScalingConfig | None = None) -> Tensor:
+    """(D/2,) float64 angles per position: theta^(-2i/D), stretched for a context that is s times longer.
+
+    ``linear``: over s (arXiv:2306.15595). ``ntk``: with the base theta s^(D / (D-2)), so that the slowest is over s
+    and the fastest as it was. ``yarn``: what turns over 32 times within the original context stays, what turns less
+    than once goes over s, between them linear in the number of turns (arXiv:2309.00071, sections 3.1 to 3.4).
+    """
+    pair = torch.arange(head_dim // 2, dtype=torch.float64)
+    each = theta ** -(2 * pair / head_dim)
+    if scaling is None:
+        return each
+    if scaling.method == "linear":
+        return each / scaling.factor
+    if scaling.method == "ntk":
+        return each * scaling.factor ** -(2 * pair / max(head_dim - 2, 1))
+    turns = scaling.original_context * each / (2 * math.pi)
+    kept = ((turns - _YARN_SLOW) / (_YARN_FAST - _YARN_SLOW)).clamp(0, 1)
+    return each * (kept + (1 - kept) / scaling.factor)
+
+
+_YARN_SLOW, _YARN_FAST = 1.0, 32.0
+"""Turns within the original context: alpha and beta of the paper, its values for LLaMA."""
+
+
+def temperature(scaling: RopeScalingConfig | None) -> float:
+    """What ``yarn`` multiplies queries and keys by: 0.1 ln s + 1, so that scores grow by its square, 1/t."""
+    return 0.1 * math.log(scaling.factor) + 1 if scaling is not None and scaling.method == "yarn" else 1.0
 
 
 def rotate(x: Tensor, tables: RotaryTables) -> Tensor:

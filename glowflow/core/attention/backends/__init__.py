@@ -1,0 +1,1 @@
+"""The kernels behind softmax attention, one file each."""

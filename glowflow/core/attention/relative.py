@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glowflow.core.attention.backends.base import Conditions, common_reasons
+from glowflow.core.attention.backends.sdpa import sdpa_reasons
 from glowflow.core.attention.cache import RingKV
 from glowflow.core.attention.dispatch import choose
 from glowflow.core.attention.layer import AttentionContext
@@ -136,14 +137,7 @@ class RelativeSdpa:
     name = "sdpa"
 
     def reasons(self, spec: AttentionSpec, conditions: Conditions) -> list[str]:
-        reasons = common_reasons(spec, conditions, ("dense",))
-        if conditions.device_type == "meta":
-            reasons.append("the meta device has no kernels")
-        if spec.softcap is not None:
-            reasons.append("cannot cap the scores (softcap)")
-        if conditions.second_order:
-            reasons.append("its fused kernels have no second derivative")
-        return reasons
+        return sdpa_reasons(spec, conditions, ("dense",))
 
     def advice(self, spec: AttentionSpec, conditions: Conditions) -> str:
         if conditions.device_type == "cpu" and conditions.training:

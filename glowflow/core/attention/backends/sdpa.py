@@ -15,7 +15,19 @@ from glowflow.core.attention.backends.base import Conditions, common_reasons
 from glowflow.core.attention.masks import Visibility
 from glowflow.core.attention.spec import AttentionSpec
 
-__all__ = ["SdpaBackend"]
+__all__ = ["SdpaBackend", "sdpa_reasons"]
+
+
+def sdpa_reasons(spec: AttentionSpec, conditions: Conditions, kinds: tuple[str, ...]) -> list[str]:
+    """Why torch's attention cannot compute one of these kinds."""
+    reasons = common_reasons(spec, conditions, kinds)
+    if conditions.device_type == "meta":
+        reasons.append("the meta device has no kernels")
+    if spec.softcap is not None:
+        reasons.append("cannot cap the scores (softcap)")
+    if conditions.second_order:
+        reasons.append("its fused kernels have no second derivative")
+    return reasons
 
 
 class SdpaBackend:
@@ -24,14 +36,7 @@ class SdpaBackend:
     name = "sdpa"
 
     def reasons(self, spec: AttentionSpec, conditions: Conditions) -> list[str]:
-        reasons = common_reasons(spec, conditions, ("dense", "windowed", "sparse"))
-        if conditions.device_type == "meta":
-            reasons.append("the meta device has no kernels")
-        if spec.softcap is not None:
-            reasons.append("cannot cap the scores (softcap)")
-        if conditions.second_order:
-            reasons.append("its fused kernels have no second derivative")
-        return reasons
+        return sdpa_reasons(spec, conditions, ("dense", "windowed", "sparse"))
 
     def advice(self, spec: AttentionSpec, conditions: Conditions) -> str:
         if conditions.device_type == "cpu" and spec.dropout:

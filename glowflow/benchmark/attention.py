@@ -30,6 +30,7 @@ from glowflow.benchmark.attention_results import dense_up_to, growth, relative_t
 from glowflow.benchmark.memory import Apart, DoesNotFit, out_of_memory, peak_memory
 from glowflow.benchmark.train import environment
 from glowflow.config.errors import GlowFlowError
+from glowflow.core.allocator import keep_freed_memory
 from glowflow.core.attention.dispatch import explain
 from glowflow.core.attention.flops import run_flops
 
@@ -75,6 +76,8 @@ def bench_attention(grid: Grid, progress: Progress = lambda _: None) -> dict[str
         JSON-able: ``rows`` (see `attention_results`; besides ``tflops``, ``peak_bytes``, ``cache_bytes``,
         ``speed_relative_to_dense`` and ``advice``), ``growth``, ``dense_up_to``, the grid and the environment.
     """
+    if grid.shape.device == "cpu":
+        keep_freed_memory()  # as training does: else large tensors pay for page faults, which grow faster than length
     entries = list(_entries(grid))
     load = [os.getloadavg()[0]] if hasattr(os, "getloadavg") else []
     _try_all(grid, entries, progress)

@@ -73,7 +73,7 @@ class Backend(Protocol):
 
 
 def common_reasons(spec: AttentionSpec, conditions: Conditions, kinds: tuple[str, ...]) -> list[str]:
-    """What holds for every softmax kernel: the kinds it computes, floating point, heads that divide."""
+    """What holds for every kernel: the kinds it computes, floating point, heads that divide."""
     reasons = []
     if spec.kind not in kinds:
         reasons.append(f"computes only kind {' or '.join(map(repr, kinds))}, not {spec.kind!r}")

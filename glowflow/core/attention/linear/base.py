@@ -18,7 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from glowflow.core.attention.backends.base import Conditions
+from glowflow.core.attention.backends.base import Conditions, common_reasons
 from glowflow.core.attention.spec import AttentionSpec
 
 __all__ = ["LinearBackend", "LinearInputs", "linear_reasons"]
@@ -74,11 +74,7 @@ class LinearBackend(Protocol):
 
 def linear_reasons(spec: AttentionSpec, conditions: Conditions) -> list[str]:
     """What holds for every linear kernel: the kind, floating point, heads that divide."""
-    reasons = []
-    if spec.kind != "linear" or spec.linear is None:
-        reasons.append(f"computes only kind 'linear', not {spec.kind!r}")
-    if not conditions.dtype.is_floating_point:
-        reasons.append(f"needs a floating-point dtype, not {conditions.dtype}")
-    if spec.heads % spec.kv_heads:
-        reasons.append(f"needs kv_heads ({spec.kv_heads}) to divide heads ({spec.heads})")
+    reasons = common_reasons(spec, conditions, ("linear",))
+    if spec.kind == "linear" and spec.linear is None:
+        reasons.append("must be told the recurrence (spec.linear)")
     return reasons

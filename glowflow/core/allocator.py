@@ -7,10 +7,11 @@ fault for each 4 KiB of them; for small models on a CPU these faults cost a few 
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import platform
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["keep_freed_memory", "return_freed_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,3 +40,13 @@ def keep_freed_memory(block_bytes: int = 64 * 2**20, total_bytes: int = 512 * 2*
         "malloc keeps up to %d MiB of freed memory, in blocks up to %d MiB", total_bytes >> 20, block_bytes >> 20
     )
     return kept
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system, where malloc can (glibc): for a process that goes on with other work.
+
+    glibc keeps a heap per thread, so that what one thread has freed is of no use to the next.
+    """
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))

@@ -1,4 +1,4 @@
-"""Freed memory stays in the process: a second large block costs no page faults."""
+"""Freed memory stays in the process: a second large block costs no page faults. It goes back on request."""
 
 from __future__ import annotations
 
@@ -23,8 +23,34 @@ faults(), faults()
 print(min(faults() for _ in range(3)))
 """
 
+HEAPS = """
+import psutil, threading, torch
+from glowflow.core.allocator import keep_freed_memory, return_freed_memory
+torch.set_num_threads(1)
+keep_freed_memory()
+over = threading.Event()
+def work(done):
+    blocks = [torch.ones(500_000) for _ in range(50)]
+    del blocks
+    done.set()
+    over.wait()
+def resident():
+    return psutil.Process().memory_info().rss
+before = resident()
+for _ in range(4):
+    done = threading.Event()
+    threading.Thread(target=work, args=(done,), daemon=True).start()
+    done.wait()
+kept = resident() - before
+return_freed_memory()
+print(kept, resident() - before)
+over.set()
+"""
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc's settings are glibc's")
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc's settings are glibc's")
+
+
+@glibc
 def test_page_faults_disappear() -> None:
     def count(mode: str) -> int:
         # By default glibc adapts its threshold, and what happens depends on the heap's layout: start from a fixed one.
@@ -34,3 +60,10 @@ def test_page_faults_disappear() -> None:
         return int(done.stdout)
 
     assert count("keep") < 200 < count("default")
+
+
+@glibc
+def test_what_threads_have_freed_goes_back() -> None:
+    done = subprocess.run([sys.executable, "-c", HEAPS], check=True, capture_output=True, text=True, timeout=120)
+    kept, left = (int(word) / 2**20 for word in done.stdout.split())
+    assert left < 50 < 200 < kept, "MiB; each of four threads has used 95"

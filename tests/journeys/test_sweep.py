@@ -241,18 +241,33 @@ def test_a_population_copies_weights_over_more_than_one_generation(home: Path, c
         scheduler={"name": "pbt", "interval_steps": 15},
         set={"training.max_steps": 75, "training.schedule": "constant"},
     )
-    state = run_here(home, space, "pbt")
+    assert_population(run_here(home, space, "pbt"), home, "pbt")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_population_on_the_quickstart(repository: Path, tmp_path: Path) -> None:
+    """The shipped space, for real: minutes on two idle cores."""
+    storage = f"tracking.storage={tmp_path / 'runs'}"
+    typed = ("sweep", "configs/quickstart.yaml", "tune_spaces/population.yaml", "--name", "population", storage)
+    done = glowflow(*typed, cwd=repository, timeout=1700)
+    assert done.returncode == 0, done.stderr
+    assert_population(read_journal(tmp_path / "runs" / "population"), tmp_path, "population")
+
+
+def assert_population(state: SweepState, home: Path, sweep: str) -> None:
+    """Every trial ended; weights were copied more than once, and MLflow says from whom."""
     assert [trial.status for trial in state.trials.values()] == ["FINISHED"] * 4
     copies = [(trial, copy) for trial in state.trials.values() for copy in trial.lineage]
     assert len({copy["donor_step"] for _, copy in copies}) >= 2, "more than one generation"
+    runs = home / "runs" / sweep
     for trial, copy in copies:
-        runs = home / "runs" / "pbt"
         donor, mine = loss_curve(runs / copy["donor"]), loss_curve(runs / trial.id)
         at = copy["donor_step"]
         assert trial.params != trial.proposed
         # Right after the copy the loss goes on from the donor's, not from where this trial was.
         assert abs(mine[at + 1] - donor[at + 1]) < 0.02, (trial.id, copy)
-    _, children, _ = family(home, "pbt")
+    _, children, _ = family(home, sweep)
     lineage = {run.data.tags["glowflow.sweep.trial"]: run.data.tags.get("glowflow.sweep.donor") for run in children}
     assert {name for name, donor in lineage.items() if donor} == {trial.id for trial, _ in copies}
 

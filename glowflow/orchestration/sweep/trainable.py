@@ -15,6 +15,7 @@ from typing import Any
 from ray import tune
 
 from glowflow.config.errors import GlowFlowError
+from glowflow.core.allocator import return_freed_memory
 from glowflow.orchestration.sweep.book import SPECS, STOP_FILE, TrialSpec
 from glowflow.orchestration.sweep.settings import SweepSettings
 from glowflow.orchestration.sweep.trial_run import Ended, TrialRun, train_trial
@@ -51,6 +52,7 @@ class SweepTrial(tune.Trainable):
         self._end()
 
     def _begin(self, config: dict[str, Any]) -> None:
+        return_freed_memory()  # what the trial before had, in a thread of its own
         self._spec = TrialSpec.load(self._settings.sweep_dir / SPECS, self.trial_id)
         self._params = {key: config.get(key, value) for key, value in self._spec.params.items()}
         self._resume_from = None if self._spec.resume_from is None else Path(self._spec.resume_from)

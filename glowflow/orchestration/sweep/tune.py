@@ -73,7 +73,7 @@ class BookSearch(_NeverSaved, SearchAlgorithm):
     """
 
     def __init__(self, book: SweepBook) -> None:
-        self._inner = SearchGenerator(BookSearcher(book))
+        self._inner, self._book = SearchGenerator(BookSearcher(book)), book
 
     @property
     def metric(self) -> Any:
@@ -93,7 +93,10 @@ class BookSearch(_NeverSaved, SearchAlgorithm):
         return self._inner.next_trial()
 
     def is_finished(self) -> bool:
-        return bool(self._inner.is_finished())
+        # After the last trial was handed out Tune ends the process of each trial that pauses, unless another is about
+        # to start: a population would then begin every round with one process, and wait for the start of the others.
+        turns_to_come = self._book.settings.slots.pausing and bool(self._book.live())
+        return bool(self._inner.is_finished()) and not turns_to_come
 
     def save_to_dir(self, dirpath: str, **kwargs: Any) -> None:
         """The journal is the state."""

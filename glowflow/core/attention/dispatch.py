@@ -121,10 +121,14 @@ def explain(spec: AttentionSpec, conditions: Conditions, backend: str = "auto") 
     with contextlib.suppress(ConfigError):
         chosen = choice(spec, backend, conditions)[0].name
     others = [kernel for kernel in known if kernel not in tried]
-    return [
+    rows = [
         BackendRow(b.name, b.name == chosen, tuple(b.reasons(spec, conditions)), b.advice(spec, conditions))
         for b in [*tried, *others]
     ]
+    if backend not in ("auto", *(row.name for row in rows)):
+        what = "relative positions" if spec.relative else f"kind {spec.kind}"
+        rows.append(BackendRow(backend, False, (f"is not a kernel of {what}",), ""))
+    return rows
 
 
 def _kernels(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from glowflow.config.errors import ConfigError
 from glowflow.core.attention.backends.base import Conditions
-from glowflow.core.attention.dispatch import explain
+from glowflow.core.attention.dispatch import BackendRow, explain
+from glowflow.core.attention.linear import chunked
 from glowflow.core.attention.linear.base import LinearBackend, LinearInputs
 from glowflow.core.attention.linear.chunked import ChunkBackend
 from glowflow.core.attention.linear.kernels import LINEAR_BACKENDS, resolve_linear
@@ -98,9 +99,13 @@ def test_the_delta_rule_equals_products_of_transitions(backend: LinearBackend) -
 @pytest.mark.parametrize("length", [1, 5, 8, 19])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "documents-padding"])
+@pytest.mark.parametrize("segments", [False, True], ids=["at-once", "segments"])
 def test_chunks_equal_the_recurrence_in_outputs_state_and_gradients(
-    variant: str, length: int, causal: bool, masked: bool
+    variant: str, length: int, causal: bool, masked: bool, segments: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if segments:
+        monkeypatch.setattr(chunked, "_CACHED_BYTES", 1)  # one chunk of 8 positions at a time
+        monkeypatch.setattr(chunked, "_FEWEST_CHUNKS", 1)
     spec = spec_of(variant, causal=causal)
     inputs = draw(spec, length)
     if masked:
@@ -242,6 +247,9 @@ def test_explain_lists_the_linear_kernels() -> None:
     assert [name for name, row in rows.items() if row.chosen] == ["chunk"]
     assert rows["fla"].reasons and not rows["reference"].reasons
     assert not any(row.chosen for row in explain(spec_of("gated"), CPU, "fla"))
+    foreign = explain(spec_of("gated"), CPU, "blocked")
+    assert foreign[-1] == BackendRow("blocked", False, ("is not a kernel of kind linear",), "")
+    assert not any(row.chosen for row in foreign)
 
 
 def test_reasons_name_kind_dtype_and_heads() -> None:

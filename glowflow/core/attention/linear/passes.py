@@ -8,6 +8,7 @@ Legend: B batch, H heads, T positions, K width of keys, V width of values.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -49,6 +50,15 @@ class Stream:
         beta = None if self.beta is None else self.beta.flip(2)
         runs = None if self.runs is None else self.runs.flip(1)
         return Stream(self.q.flip(2), self.k.flip(2), self.v.flip(2), decay, beta, runs)
+
+    def split(self, length: int) -> list[Stream]:
+        """Into streams of ``length`` positions, the last with what is left."""
+        q, k, v, decay, beta = (
+            itertools.repeat(None) if x is None else x.split(length, dim=2)
+            for x in (self.q, self.k, self.v, self.decay, self.beta)
+        )
+        runs = itertools.repeat(None) if self.runs is None else self.runs.split(length, dim=1)
+        return [Stream(*parts) for parts in zip(q, k, v, decay, beta, runs, strict=False)]
 
 
 CausalPass: TypeAlias = Callable[[Stream, "Tensor | None"], tuple[Tensor, Tensor]]

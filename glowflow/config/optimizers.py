@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from glowflow.config.base import StrictModel
 
-__all__ = ["AdamWConfig", "OptimizerConfig"]
+__all__ = ["AdamWConfig", "LionConfig", "OptimizerConfig"]
+
+
+def _decay_rates(betas: tuple[float, float]) -> tuple[float, float]:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError("each must be at least 0 and less than 1")
+    return betas
+
+
+Betas = Annotated[tuple[float, float], AfterValidator(_decay_rates)]
 
 
 class OptimizerConfig(StrictModel):
@@ -20,12 +31,15 @@ class AdamWConfig(OptimizerConfig):
     """AdamW (arXiv:1711.05101), torch's fused kernel."""
 
     name: str = Field("adamw", description="Registered name of the optimiser.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Decay rates of the first and second moment.")
+    betas: Betas = Field((0.9, 0.95), description="Decay rates of the first and second moment.")
     eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
 
-    @field_validator("betas")
-    @classmethod
-    def _decay_rates(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("each must be at least 0 and less than 1")
-        return betas
+
+class LionConfig(OptimizerConfig):
+    """Lion (arXiv:2302.06675): the sign of a momentum. Wants 3 to 10 times less rate and more decay than AdamW."""
+
+    name: str = Field("lion", description="Registered name of the optimiser.")
+    betas: Betas = Field(
+        (0.9, 0.99),
+        description="Weight of the momentum in the update, and its decay rate; the paper has 0.95, 0.98 for language.",
+    )

@@ -118,3 +118,6 @@ OPTIMIZERS = Registry("optimizer", "glowflow.optimizers")
 OPTIMIZERS.register(
     "adamw", schema="glowflow.config.optimizers:AdamWConfig", target="glowflow.core.optim.adamw:build_adamw"
 )
+OPTIMIZERS.register(
+    "lion", schema="glowflow.config.optimizers:LionConfig", target="glowflow.core.optim.lion:build_lion"
+)

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import zeros as sharded_zeros
 
 from glowflow.config.errors import CheckpointError, Problem
+from glowflow.core.sharding import local_part
 from glowflow.training import flat_state, markers
 from glowflow.training.flat_state import CARRY, MODEL, OPTIMIZER, MetadataReader, saved_tensors
 from glowflow.training.markers import (
@@ -187,7 +188,7 @@ class CheckpointStore:
             optimizer.state.update(state)
         extra: dict[str, Any] = dict(header["extra"])
         if header["carry"]:
-            extra["carry"] = {name: _local(tensors[CARRY + name]) for name in header["carry"]}
+            extra["carry"] = {name: local_part(tensors[CARRY + name]) for name in header["carry"]}
         return extra
 
     def _collect(
@@ -297,7 +298,7 @@ class CheckpointStore:
 
     def _copy(self, tensor: Tensor) -> Tensor:
         """The same tensor, or shard of one, in CPU memory of its own; the devices' mesh becomes one of CPUs."""
-        local = _local(tensor.detach()).to("cpu", copy=True)
+        local = local_part(tensor.detach()).to("cpu", copy=True)
         if self.world_size == 1 or not isinstance(tensor, DTensor):
             return local
         return DTensor.from_local(
@@ -392,10 +393,6 @@ def _writing(path: Path, written: Callable[[], Any]) -> None:
 
 def _causes(error: CheckpointException) -> str:
     return "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _quietly(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:

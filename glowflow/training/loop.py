@@ -29,6 +29,7 @@ from glowflow.config.schema import GlowFlowConfig
 from glowflow.core.architectures.base import Carry
 from glowflow.core.batch import StepBatches
 from glowflow.core.optim import build_optimizer
+from glowflow.core.sharding import local_part
 from glowflow.training.callbacks.base import Callback, LogRecord
 from glowflow.training.callbacks.best import monitored_metric
 from glowflow.training.carry import join_carries, split_carry
@@ -197,7 +198,7 @@ class TrainLoop:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         losses = self._forward_backward(batches)
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        self.scaler.unscale([_local(gradient) for gradient in gradients])
+        self.scaler.unscale([local_part(gradient) for gradient in gradients])
         grad_norm = self.strategy.clip_grad_norm(self.module, self.config.training.grad_clip)
         # Both numbers are global, so every rank skips the same steps.
         loss_bad = ~torch.isfinite(losses).all()
@@ -390,8 +391,3 @@ class TrainLoop:
             if type(callback).__name__ in extra["callbacks"]:
                 callback.load_state_dict(extra["callbacks"][type(callback).__name__])
         logger.info("resumed from %s at step %d", path, self.step)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, or the tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -75,10 +75,11 @@ def test_missing_file_and_yaml_syntax(fails: Fails, tmp_path: Path) -> None:
     fails("plan", str(broken), mentions=("broken.yaml", "line"))
 
 
-def test_not_yet_registered_names_are_listed_together(fails: Fails, repository: Path) -> None:
+def test_names_that_are_not_registered_are_listed_together(fails: Fails, repository: Path) -> None:
     base = str(repository / "configs/base.yaml")
-    fails("train", base, mentions=("lion", "adamw"))
-    fails("train", base, "model.arch=mamba", mentions=("mamba", "transformer-xl", "lion", "adamw"))
+    fails("train", base, "training.optimizer=lyon", mentions=("lyon", "adamw, lion"))
+    both = ("model.arch=mamba", "training.optimizer=lyon")
+    fails("train", base, *both, mentions=("mamba", "transformer-xl", "lyon", "adamw"))
 
 
 def test_data_directory_without_manifest(workshop: Workshop, fails: Fails, tmp_path: Path) -> None:

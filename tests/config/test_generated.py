@@ -18,7 +18,6 @@ from glowflow.config.schema import GlowFlowConfig
 from glowflow.config.yaml12 import parse_yaml
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
-VALID = [path for path in CONFIGS if path.name != "base.yaml"]
 
 
 def is_valid(data: dict[str, Any]) -> bool:
@@ -62,7 +61,7 @@ def test_json_schema_takes_every_resolved_default() -> None:
         {"model": {"arch": "mamba"}},
         {"model": {"arch": "transformer-xl", "position": "rope"}},
         {"model": {"depth": "four"}},
-        {"training": {"optimizer": "lion"}},
+        {"training": {"optimizer": "lyon"}},
         {"training": {"optimizer": {"name": "adamw", "rho": 1}}},
         {"training": {"schedule": "cosin"}},
         {"data": {"context": 1}},
@@ -97,9 +96,10 @@ def test_the_shipped_configs_are_there() -> None:
     assert {"base", "quickstart", "shakespeare_char", "wikitext2", "lm_124m", "lm_350m", "lm_1b3", "lm_3b8"} <= names
 
 
-@pytest.mark.parametrize("path", VALID, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_config_loads_without_a_warning(path: Path) -> None:
-    config = load_config(path)
+    # The first description's Python sets how long base.yaml trains; by itself it never leaves its warm-up.
+    config = load_config(path, ["training.max_steps=100000"] if path.stem == "base" else [])
     assert warnings(config) == []
     assert is_valid(parse_yaml(path.read_text(encoding="utf-8"), path.name))
 

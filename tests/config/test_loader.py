@@ -277,17 +277,16 @@ def test_intervals_default_to_a_tenth_of_the_run() -> None:
 # --- selected sections ---------------------------------------------------------------------------------------------
 
 
-def test_unregistered_names_are_listed_in_one_error(repository: Path) -> None:
-    found = problems({"model": {"arch": "transformer-xxl"}, "training": {"optimizer": "lion"}})
+def test_unregistered_names_are_listed_in_one_error() -> None:
+    found = problems({"model": {"arch": "transformer-xxl"}, "training": {"optimizer": "lyon"}})
     assert set(found) == {"model.arch", "training.optimizer"}
     assert found["model.arch"].value == "transformer-xxl" and "registered: transformer" in found["model.arch"].rule
-    assert set(problems(repository / "configs" / "base.yaml")) == {"training.optimizer"}
-    assert found["training.optimizer"].value == "lion" and "registered: adamw" in found["training.optimizer"].rule
+    assert found["training.optimizer"].value == "lyon" and "registered: adamw, lion" in found["training.optimizer"].rule
 
 
 def test_keys_of_an_unknown_architecture_are_not_judged() -> None:
     assert set(problems({"model": {"arch": "mamba", "d_state": 16}})) == {"model.arch"}
-    found = problems({"training": {"optimizer": {"name": "lion", "rho": 1}, "lr": -1}})
+    found = problems({"training": {"optimizer": {"name": "lyon", "rho": 1}, "lr": -1}})
     assert set(found) == {"training.optimizer.name", "training.lr"}
 
 

@@ -20,7 +20,7 @@ SMALL = ("training.optimizer=adamw", "training.batch_size=2", "data.tokenizer=by
 
 
 def test_it_is_planned_and_described_without_memory(tmp_path: Path) -> None:
-    planned = glowflow("plan", BASE, "training.optimizer=adamw", "--json", cwd=tmp_path)
+    planned = glowflow("plan", BASE, "--json", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr
     document: dict[str, Any] = json.loads(planned.stdout)
     assert document["config"]["model"]["memory"] == 512 and document["memory_per_worker"]["carry"] > 6 * GIB

@@ -26,6 +26,7 @@ from glowflow.config.schema import GlowFlowConfig
 from glowflow.core.architectures.base import BaseArchitecture
 from glowflow.core.initialization import copy_full, initialize
 from glowflow.core.model import build_module, state_dict_problems
+from glowflow.core.sharding import local_part
 
 __all__ = ["Strategy", "gather", "load_full_weights", "unwrap_module"]
 
@@ -99,7 +100,7 @@ class Strategy(ABC):
             The norm before clipping, () float32 on the device, equal on all ranks; nothing waits for the device. It is
             not finite where a gradient is not, and then (as in torch) the gradients are not finite either.
         """
-        gradients = [_local(p.grad) for p in module.parameters() if p.grad is not None]
+        gradients = [local_part(p.grad) for p in module.parameters() if p.grad is not None]
         norm = self._global_norm(gradients)
         if max_norm is not None and gradients:
             # The same formula as torch.nn.utils.clip_grad_norm_, so that one process equals plain torch bit for bit.
@@ -149,10 +150,6 @@ def unwrap_module(module: nn.Module) -> BaseArchitecture:
 def gather(tensor: Tensor) -> Tensor:
     """The whole tensor behind a shard (collective); a plain tensor is whole already."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _prepare_unit(unit: nn.Module, *, checkpointed: bool, compiled: bool) -> None:

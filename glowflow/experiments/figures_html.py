@@ -172,9 +172,9 @@ def _slice(results: Results, axis: views.Axis) -> Panel:
 def _curves(results: Results) -> list[Panel]:
     panels = []
     for metric, mode in zip(results.metrics, results.modes, strict=True):
-        drawn = [o for o in results.outcomes if o.curves[metric]]
-        if not drawn:
+        if not views.has_curves(results, metric):
             continue
+        drawn = [o for o in results.outcomes if o.curves[metric]]
         looks = views.variant_looks(results)
         data = [_curve(results, o, metric, looks) for o in reversed(drawn)]
         for trace, outcome in zip(data, reversed(drawn), strict=True):

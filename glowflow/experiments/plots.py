@@ -122,7 +122,7 @@ def learning_curves(results: Results, path: Path) -> Path:
 
     Beside it the last third of the steps by itself, where it tells trials apart that look alike at full scale.
     """
-    metrics = [m for m in results.metrics if any(outcome.curves[m] for outcome in results.outcomes)]
+    metrics = [metric for metric in results.metrics if views.has_curves(results, metric)]
     closer = any(_worth_a_closer_look(results, metric) for metric in metrics)
 
     def draw(figure: Figure) -> None:
@@ -311,7 +311,7 @@ def _panels(figure: Figure, rows: int, columns: int) -> list[Axes]:
 
 
 def _has_curves(results: Results) -> bool:
-    return any(curve for outcome in results.outcomes for curve in outcome.curves.values())
+    return any(views.has_curves(results, metric) for metric in results.metrics)
 
 
 def _has_space(results: Results) -> bool:

@@ -14,12 +14,14 @@ from glowflow.experiments.journal import best_trial, driver_of
 from glowflow.experiments.labels import clip, decimals, fixed, plain, short_params
 from glowflow.experiments.tables import reason
 from glowflow.experiments.views import STATUS_WORDS
+from glowflow.tracking.curves import last_step
 from glowflow.tracking.files import jsonable
+from glowflow.tracking.spool import METRICS_NAME
 
 if TYPE_CHECKING:
     from glowflow.experiments.journal import SweepState, Trial
 
-__all__ = ["format_status", "sweep_json"]
+__all__ = ["format_status", "live_step", "sweep_json"]
 
 _GAP = "  "
 _ROOMY = 120
@@ -73,7 +75,7 @@ def _table(state: SweepState, space: Space, width: int) -> list[str]:
     columns: list[tuple[str, list[str], bool]] = [
         ("  trial", [f"{mark} {trial.id}" for mark, trial in zip(marks, trials, strict=True)], False),
         ("state", [trial.status.lower() for trial in trials], False),
-        ("step/max", [f"{trial.step}/{_max_steps(state, trial)}" for trial in trials], True),
+        ("step/max", [f"{live_step(state, trial)}/{_max_steps(state, trial)}" for trial in trials], True),
     ]
     rung = _rung_column(state, space)
     if rung is not None:
@@ -111,6 +113,14 @@ def _best_value(trial: Trial, metric: str, mode: str) -> float | None:
     found += [values[metric] for values in (trial.metrics, trial.best) if metric in values]
     finite = [value for value in found if math.isfinite(value)]
     return (min(finite) if mode == "min" else max(finite)) if finite else None
+
+
+def live_step(state: SweepState, trial: Trial) -> int:
+    """How far a trial is: between its reports, which may be long apart, its own curves know."""
+    name, storage = state.about.get("name"), state.about.get("storage")
+    if trial.status != "RUNNING" or not name or not storage:
+        return trial.step
+    return max(trial.step, last_step(Path(storage) / str(name) / trial.id / METRICS_NAME) or 0)
 
 
 def _max_steps(state: SweepState, trial: Trial) -> int:

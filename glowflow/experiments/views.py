@@ -254,6 +254,11 @@ def window(values: Sequence[float], mode: str) -> tuple[float, float]:
     return min(kept), max(kept)
 
 
+def has_curves(results: Results, metric: str) -> bool:
+    """Whether there is a curve to draw: a metric that each trial measured once, at its end, has none."""
+    return any(len(outcome.curves[metric]) > 1 for outcome in results.outcomes)
+
+
 def curve_window(curves: Sequence[Curve], mode: str) -> tuple[float, float]:
     """The range that shows where curves begin and end, whatever a diverging one does in between."""
     best = min if mode == "min" else max

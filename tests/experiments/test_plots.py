@@ -46,6 +46,16 @@ def seeds_of_points(folder: Path) -> Path:
     return sweep.end()
 
 
+def once_at_the_end(folder: Path) -> Path:
+    """A table whose trials were validated after their last step alone."""
+    sweep = WrittenSweep(folder, {"variants": {"a": {}, "b": {"training.lr": 0.1}}, "seeds": 2})
+    for point, label in enumerate("ab"):
+        for seed in (0, 1):
+            curve = [(200, 1.6 + 0.1 * point + 0.01 * seed)]
+            sweep.trial(f"{label}-s{seed}", point, {}, curve, label=label, seed=seed)
+    return sweep.end()
+
+
 SWEEPS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "one trial": (lambda f: lr_search(f, 1), [*SPACE_FIGURES, "leaderboard"]),
     "one dimension": (lambda f: lr_search(f, 8), [*SPACE_FIGURES, "leaderboard"]),
@@ -57,6 +67,7 @@ SWEEPS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "two metrics": (two_metrics, ["pareto", *SPACE_FIGURES, "importance", "leaderboard"]),
     "variants": (lambda f: variants_table(f, {"baseline": 1.62, "same": 1.621, "low": 1.75}), SEED_FIGURES),
     "one seed": (lambda f: variants_table(f, {"baseline": 1.62, "other": 1.65}, seeds=1), SEED_FIGURES),
+    "measured once": (once_at_the_end, ["intervals", "leaderboard"]),
     "long names": (lambda f: variants_table(f, {f"{LONG}{i}": 1.6 + 0.02 * i for i in range(4)}), SEED_FIGURES),
     "many variants": (lambda f: variants_table(f, {f"v{i}": 1.6 + i / 300 for i in range(40)}, seeds=2), SEED_FIGURES),
     "seeds of points": (seeds_of_points, ["intervals", *SPACE_FIGURES, "leaderboard"]),

@@ -10,6 +10,8 @@ import pytest
 
 from glowflow.experiments.journal import lock_sweep, read_journal
 from glowflow.experiments.status import format_status, sweep_json
+from glowflow.tracking.base import Point
+from glowflow.tracking.spool import Spool
 from tests.experiments.written_sweeps import LR, MIXED, WrittenSweep, loss_curve, lr_search, two_metrics, variants_table
 
 
@@ -69,6 +71,17 @@ def test_what_the_table_says(tmp_path: Path) -> None:
     assert table[4][1:6] == ["claimed", "0/200", "0/2", "-", "-"]
     assert "3 of 8 trials over: 1 finished, 1 stopped early, 1 failed, 1 running, 1 waiting, 3 to come" in text
     assert "best: 000, val_loss 2.3000 at step 200 (lr 0.004)" in text
+
+
+def test_between_reports_the_curves_know_how_far_a_trial_is(tmp_path: Path) -> None:
+    folder = running(tmp_path / "lr")
+    rows, ruler = columns_of(format_status(read_journal(folder)))
+    assert cells(rows[3], ruler)[2].startswith("50/")
+    Spool(folder / "003" / "metrics.jsonl").append([Point("train_loss", 63, 2.0, 0), Point("system/cpu", 70, 1.0, 0)])
+    Spool(folder / "000" / "metrics.jsonl").append([Point("train_loss", 999, 2.0, 0)])
+    rows, ruler = columns_of(format_status(read_journal(folder)))
+    assert cells(rows[3], ruler)[2].startswith("63/")
+    assert cells(rows[0], ruler)[2].startswith("200/"), "it is over"
 
 
 def test_the_reason_gives_way_in_a_narrow_terminal(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from glowflow.experiments.journal import (
     read_journal,
 )
 from glowflow.experiments.searchers import make_strategy, replay, warm_start
+from glowflow.experiments.status import live_step
 from glowflow.orchestration import cluster
 from glowflow.orchestration.interrupts import Interrupts
 from glowflow.orchestration.progress import Progress, make_progress
@@ -277,7 +278,10 @@ def _search(
 
 def _show(display: Progress, book: SweepBook, prepared: Prepared, shown: str) -> str:
     """One line: how many are done, the best so far, what runs."""
-    live = ", ".join(f"{trial.id} at {trial.step}" for trial in book.live())
+    # Between reports in tenths of a trial: elsewhere than on a terminal each change is a line.
+    tenth = max(1, prepared.max_steps // 10)
+    at = {trial.id: max(trial.step, live_step(book.state, trial) // tenth * tenth) for trial in book.live()}
+    live = ", ".join(f"{name} at {step}" for name, step in at.items())
     metric, best = prepared.space.metrics[0], best_trial(book.state)
     text = f"{len(book.over())}/{book.num_trials} trials done"
     text += f", {book.failed()} failed" if book.failed() else ""

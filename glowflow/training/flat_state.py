@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -206,7 +207,16 @@ class _Unpickler(pickle.Unpickler):
         is_dtype = module_name == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in self._ALLOWED.get(module_name, ()):
             return super().find_class(module_name, name)
+        if (module_name, name) == ("builtins", "getattr"):
+            return _enum_member
         raise pickle.UnpicklingError(f"it names {module_name}.{name}, which no index of a checkpoint does")
+
+
+def _enum_member(enum: object, name: object) -> Any:
+    """What Python before 3.11.4 pickles an enum's member as; of ``getattr`` nothing more is let through."""
+    if isinstance(enum, type) and issubclass(enum, Enum) and name in enum.__members__:
+        return enum.__members__[str(name)]
+    raise pickle.UnpicklingError(f"it asks for an attribute {name!r}, which no index of a checkpoint does")
 
 
 def saved_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from glowflow.config.errors import CheckpointError
 from glowflow.training import markers
@@ -167,6 +168,30 @@ def test_an_index_that_would_run_code_is_refused(saved: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="mkdir"):
         load_full_state_dict(saved)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "refused"),
+    [
+        (_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT", False),
+        (_MEM_FORMAT_ENCODING, "mro", True),
+        (int, "real", True),
+    ],
+)
+def test_members_of_enums_alone_may_be_named_by_getattr(
+    saved: Path, tmp_path: Path, of: type, name: str, refused: bool
+) -> None:
+    """As Python before 3.11.4 pickles them."""
+
+    class Payload:
+        def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+            return getattr, (of, name)
+
+    (saved / ".metadata").write_bytes(pickle.dumps(Payload()))
+    write_marker(saved, step=3, sequence=0, world_size=1, metrics={})
+    # A member is read, and then found to be no index.
+    with pytest.raises(CheckpointError, match="it names|asks for an attribute" if refused else "is not the index"):
+        load_full_state_dict(saved)
 
 
 def test_storage_that_cannot_be_written_is_an_error(trained: Trainer, tmp_path: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, Field
 
 from glowflow.config.base import StrictModel
 
-__all__ = ["AdamWConfig", "LionConfig", "OptimizerConfig"]
+__all__ = ["AdamWConfig", "AdanConfig", "LionConfig", "OptimizerConfig"]
 
 
-def _decay_rates(betas: tuple[float, float]) -> tuple[float, float]:
+T = TypeVar("T", bound="tuple[float, ...]")
+
+
+def _decay_rates(betas: T) -> T:
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError("each must be at least 0 and less than 1")
     return betas
@@ -43,3 +46,16 @@ class LionConfig(OptimizerConfig):
         (0.9, 0.99),
         description="Weight of the momentum in the update, and its decay rate; the paper has 0.95, 0.98 for language.",
     )
+
+
+class AdanConfig(OptimizerConfig):
+    """Adan (arXiv:2208.06677): Nesterov momentum with the change of the gradient. Wants 5 to 10 times AdamW's rate."""
+
+    name: str = Field("adan", description="Registered name of the optimiser.")
+    weight_decay: float = Field(0.02, ge=0, description="Weight decay on matrices; vectors (norms) get none.")
+    betas: Annotated[tuple[float, float, float], AfterValidator(_decay_rates)] = Field(
+        (0.98, 0.92, 0.99),
+        description="Decay rates of the gradient, of its change, and of the square; the paper writes 1 - beta.",
+    )
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    proximal: bool = Field(True, description="Decay by division, after the step, as in the paper; else as in AdamW.")

@@ -121,3 +121,6 @@ OPTIMIZERS.register(
 OPTIMIZERS.register(
     "lion", schema="glowflow.config.optimizers:LionConfig", target="glowflow.core.optim.lion:build_lion"
 )
+OPTIMIZERS.register(
+    "adan", schema="glowflow.config.optimizers:AdanConfig", target="glowflow.core.optim.adan:build_adan"
+)

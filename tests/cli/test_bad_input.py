@@ -77,7 +77,7 @@ def test_missing_file_and_yaml_syntax(fails: Fails, tmp_path: Path) -> None:
 
 def test_names_that_are_not_registered_are_listed_together(fails: Fails, repository: Path) -> None:
     base = str(repository / "configs/base.yaml")
-    fails("train", base, "training.optimizer=lyon", mentions=("lyon", "adamw, lion"))
+    fails("train", base, "training.optimizer=lyon", mentions=("lyon", "adamw, adan, lion"))
     both = ("model.arch=mamba", "training.optimizer=lyon")
     fails("train", base, *both, mentions=("mamba", "transformer-xl", "lyon", "adamw"))
 

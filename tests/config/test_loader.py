@@ -14,6 +14,7 @@ from glowflow.config.errors import ConfigError, Problem
 from glowflow.config.fields import known_keys
 from glowflow.config.loader import apply_overrides, config_fingerprint, load_config, to_dict, to_yaml, warnings
 from glowflow.config.optimizers import AdamWConfig
+from glowflow.config.registry import ARCHITECTURES, OPTIMIZERS
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.config.yaml12 import parse_yaml
 
@@ -156,8 +157,10 @@ def test_a_slip_of_one_letter_is_understood(key: str, data: st.DataObject) -> No
     slip = key[: len(key) - len(leaf)] + leaf[:position] + leaf[position + 1 :]
     if slip in known_keys():
         return
-    # Beside the default architecture's keys there are those of another one.
-    source = None if key in known_keys({"model": {"arch": "transformer"}}) else {"model": {"arch": "transformer-xl"}}
+    # Beside the keys of the default architecture and optimiser there are those of others.
+    chosen = [{"model": {"arch": name}, "training": {"optimizer": "adamw"}} for name in ARCHITECTURES.names()]
+    chosen += [{"model": {"arch": "transformer"}, "training": {"optimizer": name}} for name in OPTIMIZERS.names()]
+    source = next(config for config in chosen if key in known_keys(config))
     (problem,) = problems(source, f"{slip}=1").values()
     assert problem.key == slip
     assert problem.hint == f"did you mean {key!r}?"
@@ -281,7 +284,10 @@ def test_unregistered_names_are_listed_in_one_error() -> None:
     found = problems({"model": {"arch": "transformer-xxl"}, "training": {"optimizer": "lyon"}})
     assert set(found) == {"model.arch", "training.optimizer"}
     assert found["model.arch"].value == "transformer-xxl" and "registered: transformer" in found["model.arch"].rule
-    assert found["training.optimizer"].value == "lyon" and "registered: adamw, lion" in found["training.optimizer"].rule
+    assert (
+        found["training.optimizer"].value == "lyon"
+        and "registered: adamw, adan, lion" in found["training.optimizer"].rule
+    )
 
 
 def test_keys_of_an_unknown_architecture_are_not_judged() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from glowflow.config.registry import OPTIMIZERS
 from glowflow.core.model import build_module
 from glowflow.core.optim import build_optimizer
 from glowflow.training.memory import GIB, _SavedBytes, estimate_memory, largest_micro_batch
@@ -33,8 +34,9 @@ def test_activations_equal_those_of_a_real_forward_pass(checkpointed: bool) -> N
     assert estimate.activations > sum(tensor.nbytes for tensor in inputs)
 
 
-def test_fixed_parts_equal_the_real_ones() -> None:
-    config = config_of()
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS.names())
+def test_fixed_parts_equal_the_real_ones(optimizer_name: str) -> None:
+    config = config_of(training__optimizer=optimizer_name)
     module = build_module(config, "cpu")
     optimizer = build_optimizer(module, config)
     for parameter in module.parameters():

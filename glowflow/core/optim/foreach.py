@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 
 from glowflow.core.sharding import local_part
 
-__all__ = ["ForeachOptimizer"]
+__all__ = ["ForeachOptimizer", "unless"]
+
+_CACHED = 2**18  # numbers: 1 MiB of each of about eight tensors
 
 
 class ForeachOptimizer(Optimizer):
@@ -20,14 +22,16 @@ class ForeachOptimizer(Optimizer):
 
     State is zero at first and laid out as the parameter is, so that checkpoints hold it whole; the rule sees this
     rank's part of everything. ``grad_scale`` and ``found_inf`` (0-dim, on the device), where they are set, divide the
-    gradients and leave everything untouched, as in torch's fused optimisers.
+    gradients and leave everything untouched, as in torch's fused optimisers. A parameter's state ``step`` counts its
+    updates where the rule wants to know.
     """
 
     state_names: ClassVar[tuple[str, ...]]
+    counts_steps: ClassVar[bool] = False
     _step_supports_amp_scaling = True
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One update of every parameter that has a gradient; reads nothing back from the device."""
         loss = None
         if closure is not None:
@@ -40,14 +44,14 @@ class ForeachOptimizer(Optimizer):
                 return loss
             skip = None
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            grads = [local_part(p.grad) for p in params]
-            if grad_scale is not None:
-                grads = list(torch._foreach_div(grads, grad_scale))
-            states = [[local_part(self._state(p, name)) for p in params] for name in self.state_names]
-            self.update([local_part(p) for p in params], grads, *states, group=group, skip=skip)
+            for params in _bunches([p for p in group["params"] if p.grad is not None]):
+                grads = [local_part(p.grad) for p in params if p.grad is not None]
+                if grad_scale is not None:
+                    grads = list(torch._foreach_div(grads, grad_scale))
+                states = [[local_part(self._state(p, name)) for p in params] for name in self.state_names]
+                if self.counts_steps:
+                    states.append([self._count(p) for p in params])
+                self.update([local_part(p) for p in params], grads, *states, group=group, skip=skip)
         return loss
 
     @abstractmethod
@@ -62,7 +66,7 @@ class ForeachOptimizer(Optimizer):
         """Apply the rule in place.
 
         Args:
-            states: a list per entry of ``state_names``.
+            states: a list per entry of ``state_names``, then 0-dim numbers of updates where ``counts_steps``.
             group: the parameter group, with the step's learning rate.
             skip: 0-dim bool on the device: where it is true nothing may change, whatever the gradients hold.
         """
@@ -73,3 +77,30 @@ class ForeachOptimizer(Optimizer):
             state[name] = torch.zeros_like(parameter)
         value: Tensor = state[name]
         return value
+
+    def _count(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        value: Tensor = state["step"]
+        return value
+
+
+def _bunches(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """What is updated together: on a GPU everything, on a CPU as much as stays in the cache from pass to pass."""
+    bunch: list[Tensor] = []
+    numbers = 0
+    for parameter in params:
+        count = local_part(parameter).numel()
+        if bunch and parameter.device.type == "cpu" and numbers + count > _CACHED:
+            yield bunch
+            bunch, numbers = [], 0
+        bunch.append(parameter)
+        numbers += count
+    if bunch:
+        yield bunch
+
+
+def unless(skip: Tensor | None, old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """``new``, or where the step is skipped ``old``."""
+    return new if skip is None else [torch.where(skip, a, b) for a, b in zip(old, new, strict=True)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glowflow.config.optimizers import LionConfig
-from glowflow.core.optim.foreach import ForeachOptimizer
+from glowflow.core.optim.foreach import ForeachOptimizer, unless
 from glowflow.core.optim.groups import parameter_groups
 
 __all__ = ["Lion", "build_lion", "lion_update"]
@@ -68,8 +68,8 @@ def lion_update(
     """One step in place, in the symbols of the paper; ``skip`` as in ``ForeachOptimizer.update``."""
     beta1, beta2 = betas
     decay: float | Tensor = 1.0 - lr * weight_decay
+    g = unless(skip, m, g)  # then m stays as it is
     if skip is not None:
-        g = [torch.where(skip, old, new) for old, new in zip(m, g, strict=True)]  # then m stays as it is
         decay = torch.where(skip, 1.0, decay)
     c = torch._foreach_lerp(m, g, 1.0 - beta1)
     torch._foreach_sign_(c)

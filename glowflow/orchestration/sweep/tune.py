@@ -95,7 +95,8 @@ class BookSearch(_NeverSaved, SearchAlgorithm):
     def is_finished(self) -> bool:
         # After the last trial was handed out Tune ends the process of each trial that pauses, unless another is about
         # to start: a population would then begin every round with one process, and wait for the start of the others.
-        turns_to_come = self._book.settings.slots.pausing and bool(self._book.live())
+        book = self._book
+        turns_to_come = book.settings.slots.pausing and bool(book.live()) and not book.closed()
         return bool(self._inner.is_finished()) and not turns_to_come
 
     def save_to_dir(self, dirpath: str, **kwargs: Any) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 
 from glowflow.config.loader import load_config
 from glowflow.core.model import GlowFlowModel, build_module
+from glowflow.orchestration.pipeline import TrainingPipeline
 from tests.journeys.support import ROOT, glowflow, write_corpus
 
 GIB = 2**30
@@ -51,3 +55,41 @@ def test_it_trains_two_steps_on_a_cpu(tmp_path: Path) -> None:
     assert 4 * GIB < peak < 12 * GIB
     model = torch.load(next(tmp_path.glob("runs/*/checkpoints/model-2.pt")), map_location="meta", weights_only=True)
     assert model["config"]["model"]["arch"] == "transformer-xl"
+
+
+FIRST_EXAMPLE = """\
+from glowflow import GlowFlowModel, TrainingPipeline
+model = GlowFlowModel.from_config("configs/base.yaml")
+trainer = TrainingPipeline(model=model, dataset="wikitext-103", accelerator="gpu", precision="bf16")
+trainer.fit(max_steps=100000, checkpoint_interval=1000, monitor_metrics=["perplexity", "grad_norm"])
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the first example trains for hours")
+def test_the_first_example_runs_verbatim_up_to_the_missing_gpu(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(BASE.parent)
+    ended = subprocess.run(
+        [sys.executable, "-c", FIRST_EXAMPLE], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "PreflightError" in ended.stderr and "resources.accelerator" in ended.stderr, ended.stderr
+    assert not (tmp_path / "runs").exists()  # nothing was begun
+
+
+def test_the_first_example_runs_in_small_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(BASE.parent)
+    small = ["model.dim=32", "model.depth=2", "model.heads=2", "model.memory=32", "data.context=32", *SMALL[1:3]]
+    options = {"data.cache_dir": str(tmp_path / "cache"), "tracking.backend": "jsonl", "training.batch_size": 4}
+    model = GlowFlowModel.from_config("configs/base.yaml", small)
+    corpus = str(write_corpus(tmp_path / "corpus"))
+    trainer = TrainingPipeline(model=model, dataset=corpus, accelerator="cpu", precision="fp32", **options)
+    record = trainer.fit(
+        max_steps=20, checkpoint_interval=10, monitor_metrics=["perplexity", "grad_norm"], local=True, progress=False
+    )
+    assert record.status == "FINISHED" and record.steps == 20
+    assert record.config["training"]["optimizer"]["name"] == "lion"
+    assert {"perplexity", "grad_norm"} <= record.final.keys()
+    written = sorted(path.name for path in (tmp_path / "runs" / record.run / "checkpoints").glob("model-*.pt"))
+    assert written == ["model-20.pt"] and trainer.model.step == 20

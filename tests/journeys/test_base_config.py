@@ -81,7 +81,11 @@ def test_the_first_example_runs_in_small_to_its_end(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(BASE.parent)
     small = ["model.dim=32", "model.depth=2", "model.heads=2", "model.memory=32", "data.context=32", *SMALL[1:3]]
-    options = {"data.cache_dir": str(tmp_path / "cache"), "tracking.backend": "jsonl", "training.batch_size": 4}
+    options: dict[str, Any] = {
+        "data.cache_dir": str(tmp_path / "cache"),
+        "tracking.backend": "jsonl",
+        "training.batch_size": 4,
+    }
     model = GlowFlowModel.from_config("configs/base.yaml", small)
     corpus = str(write_corpus(tmp_path / "corpus"))
     trainer = TrainingPipeline(model=model, dataset=corpus, accelerator="cpu", precision="fp32", **options)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
 from glowflow.config.base import StrictModel
 
-__all__ = ["AdamWConfig", "AdanConfig", "LionConfig", "OptimizerConfig"]
+__all__ = [
+    "AdamWConfig",
+    "AdanConfig",
+    "LionConfig",
+    "MuonConfig",
+    "OptimizerConfig",
+    "SophiaGConfig",
+    "SophiaHConfig",
+]
 
 
 T = TypeVar("T", bound="tuple[float, ...]")
@@ -59,3 +67,54 @@ class AdanConfig(OptimizerConfig):
     )
     eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
     proximal: bool = Field(True, description="Decay by division, after the step, as in the paper; else as in AdamW.")
+
+
+class MuonConfig(OptimizerConfig):
+    """Muon (arXiv:2502.16982): orthogonalised momentum for hidden matrices, AdamW for the rest. Wants AdamW's rate."""
+
+    name: str = Field("muon", description="Registered name of the optimiser.")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Decay rate of the matrices' momentum.")
+    nesterov: bool = Field(True, description="Look ahead: the momentum once more with the gradient of the step.")
+    ns_steps: int = Field(5, ge=1, le=20, description="Newton-Schulz steps that orthogonalise the momentum.")
+    betas: Betas = Field((0.9, 0.95), description="Decay rates of the first and second moment, in the AdamW part.")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment, in the AdamW part.")
+    adamw_lr_scale: float = Field(1.0, gt=0, description="Learning rate of the AdamW part over `training.lr`.")
+
+
+class _SophiaConfig(OptimizerConfig):
+    """Keys that both Sophias have."""
+
+    weight_decay: float = Field(0.2, ge=0, description="Weight decay on matrices; vectors (norms) get none.")
+    hessian_interval: int = Field(10, ge=1, description="Steps from one estimate of the Hessian to the next.")
+    hessian_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Sequences of the global batch that it is estimated on, the first ones; default: all of them.",
+    )
+
+
+class SophiaGConfig(_SophiaConfig):
+    """Sophia-G (arXiv:2305.14342): a clipped momentum over the squares of gradients against sampled labels."""
+
+    name: str = Field("sophia-g", description="Registered name of the optimiser.")
+    betas: Betas = Field((0.965, 0.99), description="Decay rates of the momentum and of the Hessian's estimate.")
+    rho: float = Field(0.05, gt=0, description="The larger, the fewer numbers of an update are clipped.")
+
+
+class SophiaHConfig(_SophiaConfig):
+    """Sophia-H (arXiv:2305.14342): a clipped momentum over Hutchinson's estimate of the Hessian's diagonal."""
+
+    name: str = Field("sophia-h", description="Registered name of the optimiser.")
+    betas: Betas = Field((0.96, 0.99), description="Decay rates of the momentum and of the Hessian's estimate.")
+    gamma: float = Field(0.01, gt=0, description="The larger, the fewer numbers of an update are clipped.")
+    eps: float = Field(1e-12, gt=0, description="Least denominator of an update, where the estimate is not positive.")
+    hvp: Literal["auto", "exact", "finite_diff"] = Field(
+        "auto",
+        description=(
+            "Hessian-vector products by differentiating twice (not of sharded parameters, recomputed or compiled "
+            "blocks and mixtures of experts), or by differences of two gradients; auto: the first where it can be."
+        ),
+    )
+    fd_step: float = Field(
+        1e-3, gt=0, lt=1, description="Step of the differences, relative to the parameters' root mean square."
+    )

@@ -124,3 +124,12 @@ OPTIMIZERS.register(
 OPTIMIZERS.register(
     "adan", schema="glowflow.config.optimizers:AdanConfig", target="glowflow.core.optim.adan:build_adan"
 )
+OPTIMIZERS.register(
+    "muon", schema="glowflow.config.optimizers:MuonConfig", target="glowflow.core.optim.muon:build_muon"
+)
+OPTIMIZERS.register(
+    "sophia-g", schema="glowflow.config.optimizers:SophiaGConfig", target="glowflow.core.optim.sophia:build_sophia_g"
+)
+OPTIMIZERS.register(
+    "sophia-h", schema="glowflow.config.optimizers:SophiaHConfig", target="glowflow.core.optim.sophia:build_sophia_h"
+)

@@ -29,7 +29,9 @@ class Batch:
     """One micro-batch on one rank.
 
     A padded position has ``loss_weights`` 0. ``single_document`` is decided on the host: every row holds one
-    document only, so that a plain causal mask is exact and no document mask need be built.
+    document only, so that a plain causal mask is exact and no document mask need be built. With ``label_draws`` the
+    loss is that of labels which the model draws from its own distribution with these numbers, and not of ``targets``
+    (architectures with ``samples_labels``).
     """
 
     tokens: Tensor  # (B, T) int64
@@ -41,6 +43,7 @@ class Batch:
     reset: Tensor  # (B,) bool, lanes: forget the carry before this sequence
     single_document: bool = False
     modalities: dict[str, Modality] = field(default_factory=dict)
+    label_draws: Tensor | None = None  # (B, T) float32, uniform in [0, 1)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on another device."""

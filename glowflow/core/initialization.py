@@ -54,11 +54,7 @@ def initialize(module: BaseArchitecture, seed: int) -> None:
 
 def copy_full(full: Tensor, parameter: nn.Parameter | Tensor) -> None:
     """Copy a whole tensor into a parameter; a sharded one takes its own part, without communication."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from glowflow.core.sharding import local_part, part_of  # torch's DTensor takes a while to import
 
-    if isinstance(parameter, DTensor):
-        local = full.to(parameter.to_local().device)
-        parts = distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(parts.to_local())
-    else:
-        parameter.copy_(full)
+    local = local_part(parameter)
+    local.copy_(part_of(full.to(local.device), parameter))

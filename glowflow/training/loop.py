@@ -1,8 +1,8 @@
 """The training loop, free of any engine: the same in a Ray worker, in this process and on a bare GPU box.
 
-One step is: forward and backward over the micro-batches, clip, update, write a row of numbers into a buffer on the
-device. The host reads that buffer only at log steps (``log_interval``, and wherever something is validated or saved),
-so between them nothing waits for the device.
+One step is: the optimiser's extra pass where one is due (``hessian.py``), forward and backward over the micro-batches,
+clip, update, write a row of numbers into a buffer on the device. The host reads that buffer only at log steps
+(``log_interval``, and wherever something is validated or saved), so between them nothing waits for the device.
 
 The loss of a step is the sum over all tokens of the global batch over the number of its targets, which the plan knows
 beforehand: each micro-batch contributes ``loss_sum * world_size / global_weight`` and gradients are averaged over
@@ -34,6 +34,7 @@ from glowflow.training.callbacks.base import Callback, LogRecord
 from glowflow.training.callbacks.best import monitored_metric
 from glowflow.training.carry import join_carries, split_carry
 from glowflow.training.checkpoint import CheckpointInfo, CheckpointStore, list_checkpoints, read_extra
+from glowflow.training.hessian import make_extra_passes
 from glowflow.training.markers import checkpoint_path
 from glowflow.training.meters import StepBuffer, StepClock, memory_mib
 from glowflow.training.precision import LossScaler, autocast, name_steps, nonfinite_error
@@ -89,7 +90,7 @@ class TrainLoop:
         callbacks: called in this order.
 
     Raises:
-        ConfigError: the optimiser cannot skip a step on the device.
+        ConfigError: the optimiser cannot skip a step on the device, or wants an extra pass that cannot be had.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class TrainLoop:
         if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
             rule = "must be able to skip a step on the device: honour `found_inf` and set `_step_supports_amp_scaling`"
             raise ConfigError(Problem("training.optimizer", rule, training.optimizer.name))
+        self._extra = make_extra_passes(config, strategy, self.module, self.optimizer, self.scaler)
         self._carries: list[Carry] = [None] * config.grad_accum_steps
         self._wait_seconds = 0.0
         self._pending: tuple[int, dict[str, float]] | None = None
@@ -196,6 +198,8 @@ class TrainLoop:
         lr = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+        if self._extra is not None:
+            self._extra.run(batches, self._carries)
         losses = self._forward_backward(batches)
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         self.scaler.unscale([local_part(gradient) for gradient in gradients])
@@ -290,6 +294,8 @@ class TrainLoop:
         }
         if self.scaler.enabled:
             metrics["loss_scale"] = float(self.scaler.scale)
+        if self._extra is not None:
+            metrics |= self._extra.shares()
         record = LogRecord(self.step, metrics, curve, seconds, wait, len(rows) * self.tokens_per_step)
         self._notify("on_log", record)
         self.latest.update(record.metrics)

@@ -23,6 +23,7 @@ from glowflow.core.architectures.base import BaseArchitecture
 from glowflow.core.batch import Batch
 from glowflow.core.model import build_module
 from glowflow.core.optim import build_optimizer
+from glowflow.core.optim.extra import TakesExtraPass
 from glowflow.training.precision import autocast, compute_dtype
 from glowflow.training.strategies.fsdp import GROUP_BYTES, KEEP_BYTES
 
@@ -41,7 +42,7 @@ class MemoryEstimate:
     Args:
         parameters: fp32 weights that this worker keeps.
         gradients: fp32 gradients that it keeps.
-        optimizer: state of the optimiser.
+        optimizer: state of the optimiser, and what its extra pass holds beside it.
         gathered: whole weights (and gradients) that FSDP has gathered at the same time.
         activations: what one micro-batch keeps for the backward pass, casts of the weights included.
         carry: recurrent memory that the micro-batches of a step leave to the next; 0 for most architectures.
@@ -158,13 +159,14 @@ def _num_bytes(tensors: Iterator[nn.Parameter] | list[Tensor]) -> float:
 
 
 def _optimizer_bytes(module: BaseArchitecture, config: GlowFlowConfig) -> float:
-    """Take one step on fake gradients and add up the state."""
+    """Take one step on fake gradients and add up the state; and copies of the weights that an extra pass makes."""
     optimizer = build_optimizer(module, config)
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return _num_bytes(
+    copies = optimizer.extra_copies if isinstance(optimizer, TakesExtraPass) else 0
+    return copies * _num_bytes(module.parameters()) + _num_bytes(
         [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     )
 

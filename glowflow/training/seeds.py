@@ -29,9 +29,9 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def seed_forward(seed: int, step: int, micro_batch: int, rank: int) -> None:
-    """Seed torch (all devices) for one forward pass: dropout and whatever else it draws."""
-    torch.manual_seed(derive_seed("forward", seed, step, micro_batch, rank))
+def seed_forward(seed: int, step: int, micro_batch: int, rank: int, tag: str = "forward") -> None:
+    """Seed torch (all devices) for one forward pass: dropout and whatever else it draws; ``tag`` tells passes apart."""
+    torch.manual_seed(derive_seed(tag, seed, step, micro_batch, rank))
 
 
 def choose_threads(named: int | None, stored: int | None, local_world_size: int) -> tuple[int, str]:

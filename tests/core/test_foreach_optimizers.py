@@ -18,6 +18,9 @@ from glowflow.core.optim import build_optimizer, foreach
 from glowflow.core.optim.adan import Adan
 from glowflow.core.optim.foreach import ForeachOptimizer
 from glowflow.core.optim.lion import Lion
+from glowflow.core.optim.muon import Muon
+from glowflow.core.optim.sophia import SophiaG, SophiaH
+from tests.core.orthogonal import by_svd
 
 
 def lion_rule(
@@ -43,6 +46,35 @@ def adan_rule(
     return (theta - lr * step) / (1 + lr * wd) if o["proximal"] else (1 - lr * wd) * theta - lr * step
 
 
+def muon_rule(
+    theta: Tensor, g: Tensor, s: dict[str, Tensor], t: int, lr: float, wd: float, o: dict[str, Any]
+) -> Tensor:
+    if theta.ndim < 2:
+        beta1, beta2 = o["betas"]
+        s["m"] = beta1 * s["m"] + (1 - beta1) * g
+        s["v"] = beta2 * s["v"] + (1 - beta2) * g**2
+        step = s["m"] / (1 - beta1**t) / ((s["v"] / (1 - beta2**t)).sqrt() + o["eps"])
+        return (1 - lr * wd) * theta - lr * step
+    s["m"] = o["momentum"] * s["m"] + (1 - o["momentum"]) * g
+    ahead = o["momentum"] * s["m"] + (1 - o["momentum"]) * g if o["nesterov"] else s["m"]
+    return (1 - lr * wd) * theta - lr * 0.2 * max(theta.shape) ** 0.5 * by_svd(ahead)
+
+
+def muon_by_shape(params: Any, **options: Any) -> Muon:
+    """Muon for what has two dimensions, AdamW for the rest."""
+    groups = [{"params": [p]} if isinstance(p, Tensor) else p for p in params]
+    rules = ["muon" if group["params"][0].ndim > 1 else "adamw" for group in groups]
+    return Muon([{**group, "rule": rule} for group, rule in zip(groups, rules, strict=True)], **options)
+
+
+def sophia_rule(
+    theta: Tensor, g: Tensor, s: dict[str, Tensor], t: int, lr: float, wd: float, o: dict[str, Any]
+) -> Tensor:
+    """Before the first estimate of the Hessian: the sign of the momentum."""
+    s["m"] = o["betas"][0] * s["m"] + (1 - o["betas"][0]) * g
+    return (1 - lr * wd) * theta - lr * s["m"].sign()
+
+
 @dataclass
 class Rule:
     make: Callable[..., ForeachOptimizer]
@@ -50,11 +82,16 @@ class Rule:
     written_out: Callable[..., Tensor]
 
 
+MUON = {"momentum": 0.9, "betas": (0.8, 0.9), "eps": 1e-8}
 ADAN = {"betas": (0.9, 0.8, 0.95), "eps": 1e-8}
 RULES = {
     "lion": Rule(Lion, {"betas": (0.95, 0.98)}, lion_rule),
     "adan": Rule(Adan, {**ADAN, "proximal": True}, adan_rule),
     "adan, AdamW's decay": Rule(Adan, {**ADAN, "proximal": False}, adan_rule),
+    "muon": Rule(muon_by_shape, {**MUON, "nesterov": True}, muon_rule),
+    "muon, no Nesterov": Rule(muon_by_shape, {**MUON, "nesterov": False}, muon_rule),
+    "sophia-g": Rule(SophiaG, {"betas": (0.95, 0.9), "rho": 0.1}, sophia_rule),
+    "sophia-h": Rule(SophiaH, {"betas": (0.9, 0.95), "gamma": 0.1, "eps": 1e-12}, sophia_rule),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
@@ -186,20 +223,20 @@ def test_the_scale_of_the_gradients_is_divided_out(rule: Rule) -> None:
 
 
 @every_rule
-def test_the_skip_that_stays_on_the_device_changes_no_bit(rule: Rule) -> None:
+@pytest.mark.parametrize("shape", [(50,), (10, 5)])
+def test_the_skip_that_stays_on_the_device_changes_no_bit(rule: Rule, shape: tuple[int, ...]) -> None:
     """What a GPU runs: the same operations whether there is something to skip or not, from the first step on."""
     generator = torch.Generator().manual_seed(0)
-    plain, skipping = (nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2))
+    plain, skipping = (nn.Parameter(torch.linspace(-1, 1, 50).view(shape)) for _ in range(2))
     one, other = (rule.make([p], lr=0.1, weight_decay=0.5, **rule.options) for p in (plain, skipping))
     for skip in (True, True, False, True, False, False, True):
-        g = torch.full((50,), float("nan")) if skip else torch.randn(50, generator=generator)
+        g = torch.full(shape, float("nan")) if skip else torch.randn(shape, generator=generator)
         if not skip:
             plain.grad = g.clone()
             one.step()
-        states = [[other._state(skipping, name)] for name in other.state_names]
-        states += [[other._count(skipping)]] if other.counts_steps else []
+        skipping.grad = g
         with torch.no_grad():
-            other.update([skipping], [g], *states, group=other.param_groups[0], skip=torch.tensor(skip))
+            other.update_group(other.param_groups[0], None, torch.tensor(skip))
         assert torch.equal(plain, skipping)
     for name, value in one.state[plain].items():
         assert torch.equal(value, other.state[skipping][name]), name
@@ -225,6 +262,20 @@ def test_state_goes_on_bit_for_bit_after_a_round_trip(rule: Rule) -> None:
     for _ in range(2):
         step(first, one), step(second, fresh)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@every_rule
+def test_loaded_state_lies_where_the_parameter_does(rule: Rule) -> None:
+    theta = nn.Parameter(torch.ones(3))
+    theta.grad = torch.ones(3)
+    optimizer = rule.make([theta], **rule.options)
+    optimizer.step()
+    elsewhere = nn.Parameter(torch.ones(3, device="meta"))
+    loaded = rule.make([elsewhere], **rule.options)
+    loaded.load_state_dict(optimizer.state_dict())
+    assert {name: value.device.type for name, value in loaded.state[elsewhere].items()} == dict.fromkeys(
+        optimizer.state[theta], "meta"
+    )
 
 
 @every_rule

@@ -84,6 +84,18 @@ def test_a_local_run_with_dropout_that_was_killed_ends_as_if_nothing_had_been(ho
 
 
 @pytest.mark.journey
+def test_a_run_that_was_killed_between_two_estimates_of_the_hessian_ends_as_if_nothing_had_been(home: Path) -> None:
+    """Checkpoints are written at steps that are no multiples of the interval."""
+    optimizer = {"name": "sophia-g", "hessian_interval": 7, "hessian_batch_size": 3}
+    config = write_config(home, "sophia", model__dropout=0.1, training__optimizer=optimizer)
+    done = glowflow("train", config, "tracking.run=whole-sophia", "--local", cwd=home)
+    assert done.returncode == 0, done.stderr
+    resumed = kill_and_resume(home, config, "killed-sophia", "--local", processes=1)
+    assert_same_run(home / "runs" / "whole-sophia", resumed)
+    assert any(tensor.endswith(".hessian") for tensor in checkpoint_tensors(resumed, STEPS))
+
+
+@pytest.mark.journey
 @pytest.mark.timeout(900)
 def test_a_run_on_ray_that_was_killed_ends_as_if_nothing_had_been(home: Path) -> None:
     config = write_config(home, "ray", resources__workers=2)

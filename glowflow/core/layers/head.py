@@ -8,11 +8,14 @@ Legend: N positions (B*T), C positions of one chunk, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from glowflow.core.differentiation import is_twice_differentiable
 
 __all__ = ["OutputHead", "chunked_loss", "plain_loss"]
 
@@ -28,15 +31,21 @@ class OutputHead(nn.Module):
         vocab_size: vocabulary V.
         tied_to: the token embedding whose (V, D) matrix is used; None: a matrix of its own.
         softcap: scores s become softcap * tanh(s / softcap) (arXiv:2408.00118); None: they stay as they are.
+        multiplier: factor on the scores before the cap; 1 over the width ratio under maximal-update parametrisation.
     """
 
     weight: nn.Parameter | None
 
     def __init__(
-        self, dim: int, vocab_size: int, tied_to: nn.Embedding | None = None, softcap: float | None = None
+        self,
+        dim: int,
+        vocab_size: int,
+        tied_to: nn.Embedding | None = None,
+        softcap: float | None = None,
+        multiplier: float = 1.0,
     ) -> None:
         super().__init__()
-        self.softcap = softcap
+        self.softcap, self.multiplier = softcap, multiplier
         # In a tuple the embedding is no submodule: its matrix is listed, sharded and saved once, and to_empty or
         # fully_shard may replace it without breaking the tie.
         self._tied_to = () if tied_to is None else (tied_to,)
@@ -49,7 +58,11 @@ class OutputHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
-        return _capped(F.linear(hidden, self.matrix), self.softcap)
+        return _capped(F.linear(self._scaled(hidden), self.matrix), self.softcap)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """Hidden states whose product with the matrix is the scores before the cap."""
+        return hidden if self.multiplier == 1.0 else hidden * self.multiplier
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of the negative log-likelihoods in nats, and the sum of the weights.
@@ -60,17 +73,42 @@ class OutputHead(nn.Module):
         Returns:
             Two fp32 scalars (fp64 for fp64 models).
         """
-        hidden_nd, targets_n, weights_n = hidden.flatten(0, -2), targets.flatten(), weights.flatten()
+        hidden_nd, targets_n, weights_n = self._scaled(hidden.flatten(0, -2)), targets.flatten(), weights.flatten()
         matrix_vd = self.matrix
-        if hidden_nd.shape[0] * matrix_vd.shape[0] <= CHUNK_ELEMENTS:
+        if hidden_nd.shape[0] * matrix_vd.shape[0] <= CHUNK_ELEMENTS or is_twice_differentiable():
             loss_sum = plain_loss(hidden_nd, matrix_vd, targets_n, weights_n, self.softcap)
         else:
             loss_sum = chunked_loss(hidden_nd, matrix_vd, targets_n, weights_n, self.softcap)
         return loss_sum, weights_n.sum()
 
+    @torch.no_grad()
+    def sample(self, hidden: Tensor, draws: Tensor) -> Tensor:
+        """Tokens drawn from the model's own distribution, chunk by chunk as in the loss.
 
-def _chunk_rows(vocab_size: int) -> int:
-    return max(1, CHUNK_ELEMENTS // vocab_size)
+        Args:
+            hidden: (B, T, D). draws: (B, T), uniform in [0, 1): where on the cumulated probabilities each token lies.
+
+        Returns:
+            (B, T) int64.
+        """
+        hidden_nd, matrix_vd, draws_n = self._scaled(hidden.flatten(0, -2)), self.matrix, draws.flatten()
+        tokens_n = torch.empty_like(draws_n, dtype=torch.int64)
+        for part in _chunks(hidden_nd.shape[0], matrix_vd.shape[0]):
+            scores_cv = F.linear(hidden_nd[part], matrix_vd)
+            scores_cv = _capped(scores_cv.to(_accumulator(scores_cv)), self.softcap)
+            cumulated_cv = scores_cv.softmax(dim=-1).cumsum(dim=-1)
+            # Times the last sum, which is 1 but for rounding; what rounds up to it lies in the last token.
+            wanted_c1 = draws_n[part, None].to(cumulated_cv.dtype) * cumulated_cv[:, -1:]
+            tokens_c1 = torch.searchsorted(cumulated_cv, wanted_c1, right=True)
+            tokens_n[part] = tokens_c1.squeeze(1).clamp_(max=matrix_vd.shape[0] - 1)
+        return tokens_n.view_as(draws)
+
+
+def _chunks(rows: int, vocab_size: int) -> Iterator[slice]:
+    """Rows whose scores are held at once, part by part."""
+    size = max(1, CHUNK_ELEMENTS // vocab_size)
+    for start in range(0, rows, size):
+        yield slice(start, start + size)
 
 
 def _capped(scores: Tensor, softcap: float | None) -> Tensor:
@@ -143,10 +181,9 @@ def _loss_and_gradients(
     grad_matrix: Tensor | None,
 ) -> Tensor:
     """The loss sum; fills the two gradients that are not None."""
-    rows, precision = _chunk_rows(matrix_vd.shape[0]), _accumulator(hidden_nd)
+    precision = _accumulator(hidden_nd)
     loss_sum = torch.zeros((), dtype=precision, device=hidden_nd.device)
-    for start in range(0, hidden_nd.shape[0], rows):
-        part = slice(start, start + rows)
+    for part in _chunks(hidden_nd.shape[0], matrix_vd.shape[0]):
         hidden_cd, targets_c1, weights_c1 = hidden_nd[part], targets_n[part, None], weights_n[part, None].to(precision)
         scores_cv = _capped(F.linear(hidden_cd, matrix_vd).to(precision), softcap)
         log_probs_cv = scores_cv.log_softmax(dim=-1)

@@ -42,8 +42,8 @@ class MixtureOfExperts(nn.Module):
         self.active, self.balance = config.active, config.balance
         self.activation, self.gated = ACTIVATIONS[ffn], ffn.endswith("glu")
         self.router = nn.Linear(dim, config.experts, bias=False)
-        self.up = ExpertLinear(config.experts, dim, hidden_dim * (2 if self.gated else 1))
-        self.down = ExpertLinear(config.experts, hidden_dim, dim)
+        self.up = ExpertLinear(config.experts, dim, (hidden_dim, hidden_dim) if self.gated else (hidden_dim,))
+        self.down = ExpertLinear(config.experts, hidden_dim, (dim,))
         # Several shared experts are one wider feed-forward: their outputs are added.
         self.shared = build_feed_forward(dim, config.shared * hidden_dim, ffn) if config.shared else None
 
@@ -102,11 +102,12 @@ class MixtureOfExperts(nn.Module):
 
 
 class ExpertLinear(nn.Module):
-    """One matrix per expert, stacked: ``weight`` (E, out, in)."""
+    """One matrix per expert, stacked: ``weight`` (E, out, in); ``rows`` as in ``StackedLinear``."""
 
-    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+    def __init__(self, experts: int, in_features: int, rows: tuple[int, ...]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+        self.stacked_rows = rows
+        self.weight = nn.Parameter(torch.empty(experts, sum(rows), in_features))
 
     def forward(self, x_pi: Tensor, ends_e: Tensor) -> Tensor:
         """Rows sorted by expert times their expert's matrix, (P, in) -> (P, out); ``ends_e`` as `grouped_linear`."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from glowflow.config.optimizers import AdanConfig
-from glowflow.core.optim.foreach import ForeachOptimizer, unless
+from glowflow.core.optim.foreach import ForeachOptimizer, bias_corrections, unless
 from glowflow.core.optim.groups import parameter_groups
 
 __all__ = ["Adan", "adan_update", "build_adan"]
@@ -95,10 +95,10 @@ def adan_update(
     torch._foreach_copy_(g_before, unless(skip, g_before, g))
     keep: float | Tensor = 1.0 if skip is None else (~skip).to(t[0].dtype)
     torch._foreach_add_(t, keep)
-    step = torch._foreach_div(m, _corrections(t, beta1, m))
-    torch._foreach_add_(step, torch._foreach_div(v, _corrections(t, beta2, v)), alpha=beta2)
+    step = torch._foreach_div(m, bias_corrections(t, beta1, m))
+    torch._foreach_add_(step, torch._foreach_div(v, bias_corrections(t, beta2, v)), alpha=beta2)
     root = torch._foreach_sqrt(n)
-    torch._foreach_div_(root, [correction.sqrt() for correction in _corrections(t, beta3, n)])
+    torch._foreach_div_(root, [correction.sqrt() for correction in bias_corrections(t, beta3, n)])
     torch._foreach_add_(root, eps)
     decay: float | Tensor = 1.0 + lr * weight_decay if proximal else 1.0 - lr * weight_decay
     if skip is not None:
@@ -109,8 +109,3 @@ def adan_update(
     torch._foreach_addcdiv_(theta, step, root, value=-lr)
     if proximal:
         torch._foreach_div_(theta, decay)
-
-
-def _corrections(t: list[Tensor], beta: float, like: list[Tensor]) -> list[Tensor]:
-    """1 - beta^t, 0-dim; before the first step, which only a skipped one can be, 1."""
-    return [(1.0 - beta ** count.clamp(min=1.0).double()).to(x.dtype) for count, x in zip(t, like, strict=True)]

@@ -101,17 +101,20 @@ class Strategy(ABC):
             not finite where a gradient is not, and then (as in torch) the gradients are not finite either.
         """
         gradients = [local_part(p.grad) for p in module.parameters() if p.grad is not None]
-        norm = self._global_norm(gradients)
+        norm = self.global_norm(gradients)
         if max_norm is not None and gradients:
             # The same formula as torch.nn.utils.clip_grad_norm_, so that one process equals plain torch bit for bit.
             torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
 
-    def _global_norm(self, gradients: list[Tensor]) -> Tensor:
-        """The 2-norm over this rank's gradients; strategies that shard them add the other ranks' shares."""
-        if not gradients:
+    def global_norm(self, parts: list[Tensor]) -> Tensor:
+        """The 2-norm of plain (local) tensors that are laid out as the parameters are, () float32, on all ranks.
+
+        Where each rank has parts of them, the others' shares are added.
+        """
+        if not parts:
             return torch.zeros((), device=self.device)
-        norms = torch._foreach_norm(gradients)
+        norms = torch._foreach_norm(parts)
         norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
         return norm
 

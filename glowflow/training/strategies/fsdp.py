@@ -84,9 +84,9 @@ class FSDPStrategy(Strategy):
         module.set_reshard_after_backward(last or not self._keep_gathered)
         yield
 
-    def _global_norm(self, gradients: list[Tensor]) -> Tensor:
+    def global_norm(self, parts: list[Tensor]) -> Tensor:
         # Shards are disjoint, so the squares of their norms add up to that of the whole: exact, one small message.
-        square = super()._global_norm(gradients).square()
+        square = super().global_norm(parts).square()
         return self.all_reduce(square).sqrt()
 
 

@@ -20,6 +20,12 @@ __all__ = ["train"]
 @click.argument("overrides", nargs=-1)
 @click.option("--local", is_flag=True, help="Same loop in this process: no Ray, breakpoint() works.")
 @click.option("--resume", metavar="RUN", help="Go on exactly where this run stopped.")
+@click.option(
+    "--from",
+    "weights",
+    metavar="MODEL",
+    help="Start from the weights of a run, a checkpoint or a file, with their model and tokenizer.",
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Same as resources.workers=N.")
 @click.option("--run", "run_name", metavar="NAME", help="Name of the run (same as tracking.run=NAME).")
 @click.option("--json", "as_json", is_flag=True, help="Print run.json on stdout at the end.")
@@ -30,16 +36,22 @@ def train(
     overrides: tuple[str, ...],
     local: bool,
     resume: str | None,
+    weights: str | None,
     workers: int | None,
     run_name: str | None,
     as_json: bool,
 ) -> int:
-    """Train the model that CONFIG describes; OVERRIDES are key=value, as in training.max_steps=200."""
+    """Train the model that CONFIG describes; OVERRIDES are key=value, as in training.max_steps=200.
+
+    With --from, CONFIG is optional and says everything but the model.
+    """
     from glowflow.orchestration.pipeline import TrainingPipeline
 
-    if resume is not None and config is not None and "=" in config:
+    if (resume is not None or weights is not None) and config is not None and "=" in config:
         overrides, config = (config, *overrides), None
-    if (config is None) == (resume is None):
+    if resume is not None and weights is not None:
+        raise ConfigError(Problem("--from", "cannot be given with --resume, which goes on from the run's own weights"))
+    if weights is None and (config is None) == (resume is None):
         raise ConfigError(Problem("CONFIG", "give a config file, or --resume RUN, and not both"))
     given = list(overrides)
     if workers is not None:
@@ -47,7 +59,9 @@ def train(
     if run_name is not None:
         given.append(f"tracking.run={run_name}")
     verbose = bool((ctx.obj or {}).get("verbose"))
-    if config is None:
+    if weights is not None:
+        record = TrainingPipeline.from_weights(weights, config, given, verbose=verbose).fit(local=local)
+    elif config is None:
         assert resume is not None
         record = TrainingPipeline.resume(resume, given, verbose=verbose, local=local)
     else:

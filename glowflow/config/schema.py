@@ -52,7 +52,7 @@ class DataConfig(StrictModel):
         "auto",
         description=(
             "`auto` (the dataset's own), `bytes`, `chars`, `words`, `bpe`, `bpe:VOCAB_SIZE`, or the path of a "
-            "tokenizer.json."
+            "tokenizer.json, or of llama2.c's tokenizer.bin."
         ),
     )
     context: int = Field(256, ge=2, description="Sequence length in tokens.")
@@ -94,7 +94,7 @@ class DataConfig(StrictModel):
             # 256 bytes and <|endoftext|> are always there.
             if not size.isdecimal() or int(size) < 257:
                 raise ValueError("`bpe:VOCAB_SIZE` needs a whole number of at least 257, as in bpe:4096")
-        elif value not in _TOKENIZERS and not value.endswith(".json"):
+        elif value not in _TOKENIZERS and not value.endswith((".json", ".bin")):
             close = difflib.get_close_matches(kind, _TOKENIZERS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"must be one of {', '.join(_TOKENIZERS)}, bpe:VOCAB_SIZE, or a tokenizer.json{hint}")
@@ -302,6 +302,11 @@ class GlowFlowConfig(StrictModel):
             problems.append(
                 Problem("data.layout", rule, "packed", f"leave it out, or {without}", related=("model.arch",))
             )
+        longest = self.model.longest_context
+        if longest is not None and self.data.context > longest:
+            rule = f"must be at most {longest}: the model has no more positions"
+            hint, related = "shorten it, or raise model.max_positions", ("model.position", "model.max_positions")
+            problems.append(Problem("data.context", rule, self.data.context, hint, related=related))
         if problems:
             raise RuleError(problems)
         return self

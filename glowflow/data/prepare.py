@@ -26,7 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 def ensure_built(
-    config: DataConfig, *, use_ray: bool = True, progress: Progress | None = None
+    config: DataConfig,
+    *,
+    use_ray: bool = True,
+    progress: Progress | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> list[tuple[Manifest, float]]:
     """Make sure that every source of a config is built, whole, and of one tokenizer.
 
@@ -37,6 +41,7 @@ def ensure_built(
         config: the data section.
         use_ray: build as a Ray Data job, or in this process; the result is the same.
         progress: called with (units done, units in all, tokens so far) of each build.
+        tokenizer: that of a model which exists already: what is built is built with it, whatever the config asks for.
 
     Returns:
         (manifest, weight) per source, in the order of the config.
@@ -44,13 +49,15 @@ def ensure_built(
     Raises:
         DataError: a source can not be found or built, a shard has changed, or the tokenizers differ.
     """
+    if tokenizer is not None and _asks_for(config, tokenizer):
+        tokenizer = None
     resolved = [(resolve(name, config), weight) for name, weight in _wanted(config)]
-    tokenizer: Tokenizer | None = None
     built: list[tuple[Manifest, float]] = []
     for source, weight in resolved:
         if source.built is not None:
             manifest = load_built(source.built, config.verify)
-            check_tokenizer(manifest, config.tokenizer)
+            if tokenizer is None:
+                check_tokenizer(manifest, config.tokenizer)
         else:
             manifest = _build_into_cache(source, tokenizer or config.tokenizer, config, use_ray, progress)
         if tokenizer is None:
@@ -59,6 +66,14 @@ def ensure_built(
     _check_same_tokenizer([manifest for manifest, _ in built])
     _check_splits(built[0][0], config)
     return built
+
+
+def _asks_for(config: DataConfig, tokenizer: Tokenizer) -> bool:
+    """Whether this tokenizer is what the config's own request has led to: then no second build of it is made."""
+    if config.tokenizer.endswith((".json", ".bin")):
+        return False  # its file may be gone; a build with the tokenizer itself is found under the same key
+    found = find_built(config)
+    return found is not None and all(m.tokenizer_fingerprint == tokenizer.fingerprint for m, _ in found)
 
 
 def _wanted(config: DataConfig) -> list[tuple[str, float]]:

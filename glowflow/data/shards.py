@@ -44,7 +44,8 @@ class PieceEncoder:
     def rows(self, pieces: list[Piece]) -> list[npt.NDArray[Any]]:
         """One array per piece; of length 1 where a piece has no token (it then holds no target)."""
         tokenizer, rows = self._tokenizer, []
-        for piece, ids in zip(pieces, tokenizer.encode_batch([piece.text for piece in pieces]), strict=True):
+        encoded = tokenizer.encode_pieces([piece.text for piece in pieces], [piece.first for piece in pieces])
+        for piece, ids in zip(pieces, encoded, strict=True):
             before = tokenizer.bos_id if piece.first else self._previous
             after = [tokenizer.eos_id] if piece.last and tokenizer.eos_id is not None else []
             row = np.concatenate([np.array([before], tokenizer.dtype), ids, np.array(after, tokenizer.dtype)])

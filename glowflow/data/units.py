@@ -195,7 +195,7 @@ def _token_rows(extent: Extent, tokenizer: Tokenizer, bad: list[Problem]) -> Ite
 def _token_before(extent: Extent, tokenizer: Tokenizer) -> int | None:
     """The last token before an extent that begins inside a document."""
     for text in previous_texts(extent):
-        if len(ids := tokenizer.encode_batch([text])[0]):
+        if len(ids := tokenizer.encode_pieces([text], [False])[0]):
             return int(ids[-1])
     return None
 

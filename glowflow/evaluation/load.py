@@ -14,6 +14,7 @@ from glowflow.core.architectures.base import BaseArchitecture
 from glowflow.core.model import GlowFlowModel
 from glowflow.data.manifest import Manifest
 from glowflow.data.prepare import ensure_built
+from glowflow.data.processors.text import tokenizer_from_spec
 from glowflow.evaluation.analyzer import check_tokenizer
 from glowflow.tracking.runrecord import RECORD_NAME, find_run
 from glowflow.training.checkpoint import load_full_state_dict, read_extra, resolve_checkpoint
@@ -108,6 +109,8 @@ def _is_ours(path: Path) -> bool:
 def load_manifest(target: Target, *, dataset: str | None = None, use_ray: bool = False) -> Manifest:
     """The data set to evaluate on: the run's own (its first source), or another one.
 
+    What has yet to be built is built with the model's own tokenizer.
+
     Args:
         dataset: catalogue name, built directory or path, as in ``data.dataset``.
         use_ray: how a data set that is not built yet is built.
@@ -118,7 +121,7 @@ def load_manifest(target: Target, *, dataset: str | None = None, use_ray: bool =
     data: DataConfig = target.config.data
     if dataset is not None:
         data = data.model_copy(update={"dataset": dataset, "sources": []})
-    manifest = ensure_built(data, use_ray=use_ray)[0][0]
+    manifest = ensure_built(data, use_ray=use_ray, tokenizer=tokenizer_from_spec(target.tokenizer_spec))[0][0]
     check_tokenizer(target.tokenizer_spec, manifest)
     return manifest
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from glowflow.config.errors import CheckpointError, Problem, RunError
-from glowflow.config.loader import apply_overrides, load_config, warnings
+from glowflow.config.loader import apply_overrides, load_config, to_dict, warnings
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.orchestration import cluster, preflight
 from glowflow.orchestration.interrupts import Interrupts
@@ -25,6 +25,7 @@ from glowflow.orchestration.rundir import ResumePoint, locate, lock_run, resume_
 if TYPE_CHECKING:
     from glowflow.core.model import GlowFlowModel
     from glowflow.data.manifest import Manifest
+    from glowflow.data.processors.text import Tokenizer
     from glowflow.tracking.runrecord import RunRecord
 
 __all__ = ["TrainingPipeline", "sized_config"]
@@ -83,6 +84,48 @@ class TrainingPipeline:
         """A pipeline from a YAML file and ``key=value`` overrides; runs get the file's name."""
         pipeline = cls(load_config(path, overrides), verbose=verbose)
         pipeline._stem = Path(path).stem
+        return pipeline
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: str | os.PathLike[str],
+        config: str | os.PathLike[str] | None = None,
+        overrides: Sequence[str] = (),
+        *,
+        verbose: bool = False,
+    ) -> TrainingPipeline:
+        """A pipeline that starts from a trained (or imported) model's weights instead of the seed's.
+
+        Args:
+            weights: a run, a checkpoint, or an exported or imported file.
+            config: a YAML file for everything but ``model`` and ``data.tokenizer``, which are those of the weights, as
+                is ``data.context`` where the file names none; without a file, data and training are the weights' too.
+            overrides: ``key=value`` texts.
+            verbose: as for the class.
+
+        Raises:
+            RunError, CheckpointError: there are no such weights. ConfigError: as for the class.
+        """
+        from glowflow.core.model import GlowFlowModel, require_parametrization
+        from glowflow.evaluation.load import load_target
+
+        target = load_target(Path(weights), preflight.storage_dir(load_config(None, _only_storage(overrides))))
+        theirs = to_dict(target.config)
+        values = theirs if config is None else load_config(config).model_dump(mode="json", exclude_unset=True)
+        # Where and under which name the weights were trained is not where this run is to be.
+        names = ("training",) if config is None else ("training", "tracking", "resources")
+        sections = {name: values[name] for name in names if name in values}
+        data = {"context": target.config.data.context, **values.get("data", {})}
+        data["tokenizer"] = target.config.data.tokenizer
+        if config is not None and "model" in values:
+            logger.warning("%s: its section model is not used, the model is that of %s", config, target.path)
+        merged = load_config({"model": theirs["model"], "data": data, **sections}, overrides)
+        require_parametrization(merged, theirs, str(target.path))
+        model = GlowFlowModel(merged, target.tokenizer_spec)
+        model.load_state_dict(target.module.state_dict(), str(target.path))
+        pipeline = cls(model, verbose=verbose)
+        pipeline._stem = Path(config or weights).stem
         return pipeline
 
     @property
@@ -178,7 +221,7 @@ class TrainingPipeline:
                 if cluster.ray_address(config) is not None:
                     preflight.check_cluster(config)
             display.phase("preparing the data ...")
-            sources = _prepare(config, local, display, point)
+            sources = _prepare(config, local, display, point, self._tokenizer())
             config = self._with_vocabulary(config, sources[0][0])
             return self._train(config, point, local, display, interrupts, sources)
 
@@ -238,6 +281,14 @@ class TrainingPipeline:
                 raise CheckpointError(problems, title="The model's weights do not fit the config and the tokenizer")
         return sized
 
+    def _tokenizer(self) -> Tokenizer | None:
+        """The tokenizer whose ids the given weights know; None where training starts from the seed."""
+        from glowflow.data.processors.text import tokenizer_from_spec
+
+        if self._given is None or not self._given.touched or self._given.tokenizer_spec is None:
+            return None
+        return tokenizer_from_spec(self._given.tokenizer_spec)
+
     def _remember(self, run_dir: Path) -> None:
         """Where the trained weights are, for ``model``."""
         assert self.record is not None
@@ -294,9 +345,13 @@ def _refuse_live(run_dir: Path) -> None:
 
 
 def _prepare(
-    config: GlowFlowConfig, local: bool, display: Progress, point: ResumePoint | None
+    config: GlowFlowConfig, local: bool, display: Progress, point: ResumePoint | None, tokenizer: Tokenizer | None
 ) -> list[tuple[Manifest, float]]:
-    """Built data sets, and a plan over them, whose checks are those of the workers."""
+    """Built data sets, and a plan over them, whose checks are those of the workers.
+
+    Raises:
+        DataError: what is built already has another tokenizer than the weights to start from.
+    """
     from glowflow.data.plan import plan
     from glowflow.data.prepare import ensure_built
 
@@ -306,7 +361,9 @@ def _prepare(
     # A run goes on with the shards that it began with, wherever the command is typed and whatever became of the texts.
     sources = None if point is None else stored_sources(point.run_dir, config.data.verify)
     if sources is None:
-        sources = ensure_built(config.data, use_ray=not local, progress=building)
+        sources = ensure_built(config.data, use_ray=not local, progress=building, tokenizer=tokenizer)
+        if tokenizer is not None:
+            _require_tokenizer(sources, tokenizer)
     data, training = config.data, config.training
     plan(
         sources,
@@ -318,6 +375,13 @@ def _prepare(
         window_tokens=data.window_tokens,
     )
     return sources
+
+
+def _require_tokenizer(sources: list[tuple[Manifest, float]], tokenizer: Tokenizer) -> None:
+    from glowflow.evaluation.analyzer import check_tokenizer
+
+    for manifest, _ in sources:
+        check_tokenizer(tokenizer.spec(), manifest)
 
 
 def _checkpoint_of(point: ResumePoint, config: GlowFlowConfig, display: Progress) -> Path | None:

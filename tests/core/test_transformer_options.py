@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from glowflow.config.errors import ConfigError
+from glowflow.config.loader import load_config
 from glowflow.core.architectures.base import InitSpec
 from glowflow.core.architectures.transformer import Transformer
 from glowflow.core.batch import Batch
@@ -31,6 +34,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reglu": {"ffn": "reglu"},
     "gelu": {"ffn": "gelu"},
     "relu": {"ffn": "relu", "ffn_dim": None},
+    "gelu-tanh": {"ffn": "gelu_tanh"},
+    "layernorm-sandwich": {"norm": "layernorm", "norm_placement": "sandwich"},
+    "layernorm-post-bias": {"norm": "layernorm", "norm_placement": "post", "bias": True},
+    "bias": {"bias": True, "kv_heads": 2, "qk_norm": True},
+    "bias-attention": {"bias": "attention", "kv_heads": 1},
+    "bias-qkv": {"bias": "qkv", "moe": MOE},
+    "learned": {"position": "learned", "max_positions": 16},
+    "gpt2": {"norm": "layernorm", "bias": True, "position": "learned", "max_positions": 16, "ffn": "gelu_tanh"},
     "moe": {"moe": MOE},
     "moe-shared-sandwich": {"moe": {**MOE, "shared": 1, "every": 2}, "norm_placement": "sandwich", "ffn": "gelu"},
     "moe-parallel": {"moe": {**MOE, "active": 1}, "parallel_block": True},
@@ -57,6 +68,8 @@ class ByHand:
 
     def logits(self, tokens_bt: Tensor) -> Tensor:
         x = self.p["embedding.weight"][tokens_bt]
+        if self.c.position == "learned":
+            x = x + self.p["position_embedding.weight"][: tokens_bt.shape[1]]
         for layer in range(self.c.depth):
             x = self.block(x, layer)
         if self.c.norm_placement != "post":
@@ -66,7 +79,14 @@ class ByHand:
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + self.c.norm_eps).sqrt() * self.p[name + ".weight"]
+        if self.c.norm == "rmsnorm" or name.endswith(("q_norm", "k_norm")):
+            return x / (x.square().mean(-1, keepdim=True) + self.c.norm_eps).sqrt() * self.p[name + ".weight"]
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + self.c.norm_eps).sqrt() * self.p[name + ".weight"]
+        return x + self.p.get(name + ".bias", 0.0)
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return x @ self.p[name + ".weight"].T + self.p.get(name + ".bias", 0.0)
 
     def block(self, x: Tensor, layer: int) -> Tensor:
         at, placement = f"blocks.{layer}.", self.c.norm_placement
@@ -89,7 +109,7 @@ class ByHand:
 
     def attention(self, x: Tensor, at: str) -> Tensor:
         c, length = self.c, x.shape[1]
-        qkv = (x @ self.p[at + "attention.qkv.weight"].T).view(*x.shape[:2], -1, c.head_dim).transpose(1, 2)
+        qkv = self.linear(x, at + "attention.qkv").view(*x.shape[:2], -1, c.head_dim).transpose(1, 2)
         q, k, v = qkv.split((c.heads, c.num_kv_heads, c.num_kv_heads), dim=1)
         if c.qk_norm:
             q, k = self.norm(q, at + "attention.q_norm"), self.norm(k, at + "attention.k_norm")
@@ -104,7 +124,7 @@ class ByHand:
             slopes = torch.tensor([2.0 ** (-8 * (h + 1) / c.heads) for h in range(c.heads)], dtype=torch.float64)
             scores = scores - slopes[:, None, None] * (i - j)
         weights = scores.masked_fill(j > i, -torch.inf).softmax(-1)
-        return (weights @ v).transpose(1, 2).flatten(2) @ self.p[at + "attention.out.weight"].T
+        return self.linear((weights @ v).transpose(1, 2).flatten(2), at + "attention.out")
 
     def temperature(self) -> float:
         """t of YaRN: sqrt(1 / t) = 0.1 ln s + 1."""
@@ -137,18 +157,23 @@ class ByHand:
         gamma = 0.0 if ratio < 1 else 1.0 if ratio > 32 else (ratio - 1) / 31
         return (1 - gamma) * theta / s + gamma * theta
 
-    def plain(self, x: Tensor, first: Tensor, down: Tensor) -> Tensor:
+    def activated(self, hidden: Tensor) -> Tensor:
+        if self.c.ffn == "gelu_tanh":
+            return 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
         act = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu, "gelu": F.gelu, "relu": F.relu}[self.c.ffn]
-        hidden = x @ first.T
         if self.c.ffn.endswith("glu"):
             gate, up = hidden.chunk(2, -1)
-            return (act(gate) * up) @ down.T
-        return act(hidden) @ down.T
+            return act(gate) * up
+        return act(hidden)
+
+    def plain(self, x: Tensor, first: Tensor, down: Tensor) -> Tensor:
+        return self.activated(x @ first.T) @ down.T
 
     def feed_forward(self, x: Tensor, at: str, layer: int) -> Tensor:
         at, first = at + "feed_forward.", "gate_up.weight" if self.c.ffn.endswith("glu") else "up.weight"
         if at + "router.weight" not in self.p:
-            return self.plain(x, self.p[at + first], self.p[at + "down.weight"])
+            hidden = self.activated(self.linear(x, at + first.removesuffix(".weight")))
+            return self.linear(hidden, at + "down")
         moe = self.c.moe
         affinity = torch.sigmoid(x @ self.p[at + "router.weight"].T)
         chosen = torch.zeros_like(affinity).scatter(-1, affinity.topk(moe.active, -1).indices, 1.0)
@@ -165,11 +190,21 @@ class ByHand:
         return y
 
 
+def with_biases(module: Transformer) -> Transformer:
+    """The same with biases that are not zeros, and gains that are not ones."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return module
+
+
 @variants
 def test_loss_auxiliary_loss_and_gradients_equal_the_model_by_hand(
     make_module: Make, make_batch: MakeBatch, variant: dict[str, Any]
 ) -> None:
-    module, batch = make_module(init_std=0.3, **variant), make_batch()
+    module, batch = with_biases(make_module(init_std=0.3, **variant)), make_batch()
     output, _ = module(batch)
     hand = ByHand(module, batch.loss_weights)
     logits = hand.logits(batch.tokens)
@@ -191,7 +226,7 @@ def test_loss_auxiliary_loss_and_gradients_equal_the_model_by_hand(
 def test_stepwise_decoding_equals_the_full_forward(
     make_module: Make, make_batch: MakeBatch, variant: dict[str, Any]
 ) -> None:
-    module, batch = make_module(init_std=0.3, **variant), make_batch(length=11)
+    module, batch = with_biases(make_module(init_std=0.3, **variant)), make_batch(length=11)
     with torch.no_grad():
         full = module.logits(module(batch, compute_loss=False)[0].hidden)
         cache = module.new_cache(3, 11, dtype=torch.float64)
@@ -213,13 +248,13 @@ def test_a_later_token_changes_nothing_earlier(
     assert not torch.allclose(before[:, 6], after[:, 6])
 
 
-@pytest.mark.parametrize("variant", [OPTIONS["moe-shared-sandwich"], OPTIONS["post"]], ids=["moe", "post"])
-def test_documents_of_a_row_do_not_see_each_other(
-    make_module: Make, make_batch: MakeBatch, variant: dict[str, Any]
-) -> None:
-    module, batch = make_module(**variant), make_batch(rows=1, length=9)
+@pytest.mark.parametrize("name", ["moe-shared-sandwich", "post", "gpt2"])
+def test_documents_of_a_row_do_not_see_each_other(make_module: Make, make_batch: MakeBatch, name: str) -> None:
+    module, batch = make_module(**OPTIONS[name]), make_batch(rows=1, length=9)
     batch.document_ids, batch.single_document = torch.tensor([[4, 4, 4, 4, 9, 9, 9, 9, 9]]), False
-    alone = make_batch(rows=1, length=9)
+    # The first document goes on from the sequence before, as in a lane.
+    batch.positions = torch.tensor([[100, 101, 102, 103, 0, 1, 2, 3, 4]])
+    alone = make_batch(rows=1, length=5)
     alone.tokens = batch.tokens[:, 4:]
     packed = module(batch, compute_loss=False)[0].hidden[:, 4:]
     torch.testing.assert_close(packed, module(alone, compute_loss=False)[0].hidden, rtol=1e-12, atol=1e-12)
@@ -244,7 +279,9 @@ def test_checkpointing_keeps_gradients_of_loss_and_balance(
         assert torch.equal(parameter.grad, gradient)
 
 
-@pytest.mark.parametrize("name", ["post", "geglu", "moe-shared-sandwich", "moe-parallel", "alibi", "logit-softcap"])
+@pytest.mark.parametrize(
+    "name", ["post", "geglu", "moe-shared-sandwich", "moe-parallel", "alibi", "logit-softcap", "gpt2"]
+)
 def test_bf16_autocast_is_near_fp32(make_module: Make, make_batch: MakeBatch, name: str) -> None:
     module, batch = make_module(torch.float32, init_std=0.1, **OPTIONS[name]), make_batch()
     want = module(batch)[0].loss_sum
@@ -336,3 +373,46 @@ def test_positions_that_nobody_turns_need_no_tables_and_no_even_heads(make_modul
     odd = make_module(dim=20, heads=4, position="alibi")
     assert odd.config.head_dim == 5 and odd.rotary is None
     assert make_module().rotary is not None
+
+
+def test_what_gpt2_adds_starts_neutral_and_counts(make_module: Make) -> None:
+    module, plain = make_module(**OPTIONS["gpt2"]), make_module(ffn="gelu", position="none")
+    kinds = {kind: {n for n, _ in module.named_parameters() if module.init_spec(n).kind == kind} for kind in ("zeros",)}
+    biases = {n for n, p in module.named_parameters() if n.endswith(".bias")}
+    assert kinds["zeros"] == biases and len(biases) == 2 * 6 + 1
+    assert all(not module.get_parameter(name).any() for name in biases)
+    assert module.init_spec("position_embedding.weight") == InitSpec("normal", 0.02)
+    assert module.parameter_role("position_embedding.weight").kind == "embedding"
+    assert {module.parameter_role(name).kind for name in biases} == {"vector"}
+    sizes = 2 * (96 + 32 + 40 + 32 + 2 * 32) + 32
+    assert module.num_parameters() == plain.num_parameters() + 16 * 32 + sizes
+    # The table is looked up like an untied embedding: it is never multiplied.
+    assert module.num_embedding_parameters() == 16 * 32
+    assert module.flops_per_token(16) == plain.flops_per_token(16) + 6 * sizes
+
+
+def test_learned_positions_end_where_their_table_ends(make_module: Make, make_batch: MakeBatch) -> None:
+    module = make_module(position="learned", max_positions=16)
+    with pytest.raises(ConfigError, match=r"data.context: must be at most model.max_positions \(16\) \(got 17\)"):
+        module(make_batch(length=17))
+    cache = module.new_cache(1, 32, dtype=torch.float64)
+    module.decode(torch.zeros(1, 16, dtype=torch.int64), cache)
+    with pytest.raises(ConfigError, match="max_positions"):
+        module.decode(torch.zeros(1, 1, dtype=torch.int64), cache)
+
+
+@pytest.mark.parametrize(
+    ("model", "context", "message"),
+    [
+        ({"position": "learned"}, 1025, "data.context: must be at most 1024"),
+        ({"position": "learned", "max_positions": 8}, 9, "data.context: must be at most 8"),
+        ({"max_positions": 8}, 8, "model.max_positions: has no effect with position rope"),
+        ({"bias": True, "moe": {"experts": 2}}, 8, "model.bias: cannot be true with model.moe"),
+        ({"bias": "qkv", "attention": {"kind": "linear"}}, 8, "model.bias: has no effect on layers of linear"),
+        ({"arch": "transformer-xl", "bias": True}, 8, "model.bias: must be false"),
+        ({"bias": "out"}, 8, "model.bias"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(model: dict[str, Any], context: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config({"model": model, "data": {"context": context}})

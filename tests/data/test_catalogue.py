@@ -126,6 +126,28 @@ def test_real_tinyshakespeare_is_cut_as_in_nanogpt(config: DataConfig, monkeypat
     assert [len(texts(source, split)[0]) for split in ("train", "validation")] == [1_003_854, 111_540]
 
 
+@needs_real_data
+def test_tuning_never_sees_the_validation_part(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOWFLOW_DATA", str(REAL_DATA))
+    whole, tune = resolve("tinyshakespeare", config), resolve("tinyshakespeare-tune", config)
+    parts = [texts(tune, split)[0] for split in ("train", "validation")]
+    assert [len(part) for part in parts] == [903_468, 100_386]
+    assert "".join(parts) == texts(whole, "train")[0]
+    assert set(parts[0]) == set(texts(whole, "train")[0]), "both have one alphabet, so the same tokenizer"
+    assert tune.digest != whole.digest and tune.name != whole.name, "each has a place of its own in the cache"
+
+
+def test_the_tuning_cut_of_a_text_with_wide_characters(config: DataConfig, tmp_path: Path) -> None:
+    place = tmp_path / "cache" / "downloads" / "tinyshakespeare"
+    place.mkdir(parents=True)
+    text = "0123456789äö→𝄞" * 10
+    (place / "input.txt").write_text(text, encoding="utf-8")
+    assert everything(resolve("tinyshakespeare-tune", config)) == [text[:113], text[113:126]]
+    (place / "input.txt").write_text("ab", encoding="utf-8")
+    with pytest.raises(DataError, match="too short"):
+        resolve("tinyshakespeare-tune", config)
+
+
 def test_order_of_places(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = tmp_path / "mirror"
     write_hub_rows(hub / CATALOGUE["wikitext-2"].folders[0])

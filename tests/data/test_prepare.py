@@ -159,6 +159,7 @@ def test_find_built_builds_nothing(corpora: Path, monkeypatch: pytest.MonkeyPatc
         ("python-stdlib", "bytes", 257),
         ("python-stdlib", "chars", None),
         ("tinyshakespeare", "auto", 67),
+        ("tinyshakespeare-tune", "auto", 67),
         ("wikitext-2", "auto", 33_278),
         ("anything", "auto", 257),
     ],

@@ -92,7 +92,7 @@ def test_list_names_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_text("To be")
     rows = {row["name"]: row for row in list_datasets(DataConfig(cache_dir=str(tmp_path / "cache")))}
-    assert set(rows) == {"python-stdlib", "tinyshakespeare", "wikitext-2", "wikitext-103"}
-    assert rows["python-stdlib"]["available"] and rows["tinyshakespeare"]["available"]
+    assert set(rows) == {"python-stdlib", "tinyshakespeare", "tinyshakespeare-tune", "wikitext-2", "wikitext-103"}
+    assert all(rows[name]["available"] for name in ("python-stdlib", "tinyshakespeare", "tinyshakespeare-tune"))
     assert not rows["wikitext-103"]["available"] and "Salesforce/wikitext" in rows["wikitext-103"]["where"]
     assert all(row["licence"] and row["description"] and row["tokenizer"] for row in rows.values())

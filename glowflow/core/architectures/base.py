@@ -46,11 +46,15 @@ class ParameterRole:
             grows with one width only. A vector does not decay.
         fan_in: number of inputs that each output of a hidden or output matrix sums over.
         lr_scale: learning rate of this parameter over ``training.lr``, at every step.
+        rows: heights of the matrices that are stacked in this one (queries, keys, values); empty: it is one matrix.
+        width_ratio: under maximal-update parametrisation the fan-in of a hidden matrix over that of the base width.
     """
 
     kind: Literal["embedding", "hidden", "output", "vector"]
     fan_in: int | None = None
     lr_scale: float = 1.0
+    rows: tuple[int, ...] = ()
+    width_ratio: float = 1.0
 
     @property
     def decays(self) -> bool:
@@ -67,6 +71,7 @@ class BaseArchitecture(nn.Module):
 
     Class attributes:
         config_class: the schema of the keys under ``model:``, derived from ``ArchitectureConfig``.
+        samples_labels: ``forward`` heeds ``batch.label_draws`` (as ``OutputHead.sample`` draws), which Sophia-G needs.
         head: what turns hidden states into scores: an ``OutputHead``, or any module (..., D) -> (..., V).
 
     Args:
@@ -77,6 +82,7 @@ class BaseArchitecture(nn.Module):
     """
 
     config_class: ClassVar[type[ArchitectureConfig]] = ArchitectureConfig
+    samples_labels: ClassVar[bool] = False
     head: nn.Module
 
     def __init__(self, config: ArchitectureConfig) -> None:
@@ -108,6 +114,13 @@ class BaseArchitecture(nn.Module):
         Each is a submodule that ``forward`` calls as ``block(...)``, since FSDP gathers its weights at that call.
         """
         return []
+
+    def second_order_reasons(self) -> list[str]:
+        """Why a pass within ``twice_differentiable()`` cannot be differentiated twice; empty: it can. Default: unknown.
+
+        Operations of torch can be, all but fused attention; an ``autograd.Function`` of one's own often cannot.
+        """
+        return [f"{type(self).__name__} does not say that it can be differentiated twice (second_order_reasons)"]
 
     def parameter_role(self, name: str) -> ParameterRole:
         """What the parameter with this qualified name is for. Default: see ``default_role``."""
@@ -174,7 +187,8 @@ def default_role(module: nn.Module, name: str) -> ParameterRole:
     """The role that shape and place of a parameter suggest.
 
     At most one dimension, or named ``bias``: vector. The weight of an ``nn.Embedding``: embedding. Of the submodule
-    ``head``: output. All others: hidden, with the inputs of a convolution or else the last dimension as fan-in.
+    ``head``: output. All others: hidden, with the inputs of a convolution or else the last dimension as fan-in; the
+    module that owns the matrix may say by ``stacked_rows`` where one ends and the next begins.
     """
     shape = module.get_parameter(name).shape
     if len(shape) <= 1 or name.endswith("bias"):
@@ -184,4 +198,6 @@ def default_role(module: nn.Module, name: str) -> ParameterRole:
         return ParameterRole("embedding")
     convolution = isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     fan_in = shape[1:].numel() if convolution else shape[-1]
-    return ParameterRole("output" if name.startswith("head.") else "hidden", fan_in)
+    if name.startswith("head."):
+        return ParameterRole("output", fan_in)
+    return ParameterRole("hidden", fan_in, rows=getattr(owner, "stacked_rows", ()))

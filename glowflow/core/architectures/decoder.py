@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from glowflow.core.batch import Batch, ModelOutput
 from glowflow.core.layers.feed_forward import build_feed_forward
 from glowflow.core.layers.head import OutputHead
 from glowflow.core.layers.moe import MixtureOfExperts
-from glowflow.core.layers.norm import RMSNorm
+from glowflow.core.layers.norm import build_norm
 
 __all__ = ["Decoder", "DecoderBlock"]
 
@@ -50,16 +51,16 @@ class DecoderBlock(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int, attention: nn.Module) -> None:
         super().__init__()
         self.dropout, self.placement, self.parallel = config.dropout, config.norm_placement, config.parallel_block
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm = _norm(config)
         self.attention = attention
         if not self.parallel:
-            self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+            self.feed_forward_norm = _norm(config)
         if self.placement == "sandwich":
-            self.attention_out_norm = RMSNorm(config.dim, config.norm_eps)
-            self.feed_forward_out_norm = RMSNorm(config.dim, config.norm_eps)
+            self.attention_out_norm = _norm(config)
+            self.feed_forward_out_norm = _norm(config)
         mixture = config.moe if config.is_mixture(layer) else None
         if mixture is None:
-            self.feed_forward = build_feed_forward(config.dim, config.hidden_dim, config.ffn)
+            self.feed_forward = build_feed_forward(config.dim, config.hidden_dim, config.ffn, config.bias is True)
         else:
             self.feed_forward = MixtureOfExperts(config.dim, mixture.ffn_dim or config.hidden_dim, config.ffn, mixture)
 
@@ -123,6 +124,7 @@ class Decoder(BaseArchitecture):
         attentions: the attention module of each layer.
     """
 
+    samples_labels: ClassVar[bool] = True
     config: DecoderConfig
     head: OutputHead
 
@@ -132,13 +134,15 @@ class Decoder(BaseArchitecture):
         self.blocks = nn.ModuleList(DecoderBlock(config, layer, module) for layer, module in enumerate(attentions))
         # With post-norm the last block's output is normalised already.
         post = config.norm_placement == "post"
-        self.norm: nn.Module = nn.Identity() if post else RMSNorm(config.dim, config.norm_eps)
+        self.norm: nn.Module = nn.Identity() if post else _norm(config)
         tied_to = self.embedding if config.tie_embeddings else None
-        self.head = OutputHead(config.dim, self.vocab_size, tied_to, config.logit_softcap)
+        self.head = OutputHead(config.dim, self.vocab_size, tied_to, config.logit_softcap, 1.0 / config.width_ratio)
 
-    def embed(self, tokens_bt: Tensor) -> Tensor:
-        """(B, T) -> (B, T, D), with dropout."""
+    def embed(self, tokens_bt: Tensor, added_btd: Tensor | None = None) -> Tensor:
+        """(B, T) -> (B, T, D), with dropout; ``added_btd`` is what the architecture adds to the tokens' vectors."""
         x_btd: Tensor = self.embedding(tokens_bt)
+        if added_btd is not None:
+            x_btd = x_btd + added_btd
         return F.dropout(x_btd, self.config.dropout, self.training) if self.config.dropout else x_btd
 
     def output(self, hidden: Tensor, batch: Batch, balances: list[Tensor | None], compute_loss: bool) -> ModelOutput:
@@ -150,20 +154,28 @@ class Decoder(BaseArchitecture):
         """
         if not compute_loss:
             return ModelOutput(hidden)
-        loss_sum, weight_sum = self.head.loss(hidden, batch.targets, batch.loss_weights)
+        drawn = batch.label_draws
+        targets = batch.targets if drawn is None else self.head.sample(hidden, drawn)
+        loss_sum, weight_sum = self.head.loss(hidden, targets, batch.loss_weights)
         return ModelOutput(hidden, loss_sum, weight_sum, balance_sum(balances, batch.loss_weights))
 
     def shard_units(self) -> list[nn.Module]:
         return list(self.blocks)
 
+    def second_order_reasons(self) -> list[str]:
+        mixtures = any(isinstance(module, MixtureOfExperts) for module in self.modules())
+        return ["a mixture of experts (model.moe) has no second derivative"] if mixtures else []
+
     def parameter_role(self, name: str) -> ParameterRole:
         if name.endswith("convolution.weight"):  # one short filter per channel: no matrix
             return ParameterRole("vector")
-        return super().parameter_role(name)
+        role = super().parameter_role(name)
+        return replace(role, width_ratio=self.config.width_ratio) if role.kind == "hidden" else role
 
     def init_spec(self, name: str) -> InitSpec:
-        """Matrices N(0, init_std), those that write into the residual stream over sqrt(2 depth), norms as ones.
+        """Matrices N(0, init_std), those that write into the residual stream over sqrt(2 depth); gains 1, biases 0.
 
+        Hidden matrices are divided by the root of the width ratio too (maximal-update parametrisation).
         The attention module of a block is asked first: its ``init_spec(name)``, with the name inside it, may answer.
         """
         parts = name.split(".")
@@ -172,13 +184,16 @@ class Decoder(BaseArchitecture):
             given: InitSpec | None = None if ask is None else ask(".".join(parts[3:]))
             if given is not None:
                 return given
+        if name.endswith(".bias"):
+            return InitSpec("zeros")
         if "norm" in name:
             return InitSpec("ones")
         writes_residual = name.endswith("attention.out.weight") or (
             "feed_forward." in name and name.endswith("down.weight")
         )
         depth_factor = 1 / math.sqrt(2 * self.config.depth) if writes_residual else 1.0
-        return InitSpec("normal", self.config.init_std * depth_factor)
+        width_factor = 1 / math.sqrt(self.parameter_role(name).width_ratio)
+        return InitSpec("normal", self.config.init_std * depth_factor * width_factor)
 
     def new_cache(
         self, batch_size: int, max_length: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -205,6 +220,11 @@ class Decoder(BaseArchitecture):
         """6 N of the parameters that count for a token, and each layer's attention (PaLM, appendix B)."""
         specs = [spec for layer in range(self.config.depth) for spec in self.attention_specs(layer, context)]
         return 6.0 * self.num_active_parameters() + sum(attention_flops(spec, context) for spec in specs)
+
+
+def _norm(config: DecoderConfig) -> nn.Module:
+    """One norm over the width, as the config wants it."""
+    return build_norm(config.norm, config.dim, config.norm_eps, config.bias is True)
 
 
 def balance_sum(balances: list[Tensor | None], weights_bt: Tensor) -> Tensor | None:

@@ -35,6 +35,7 @@ from glowflow.core.attention.relative import (
 )
 from glowflow.core.attention.spec import AttentionSpec
 from glowflow.core.batch import Batch, ModelOutput
+from glowflow.core.differentiation import is_twice_differentiable
 
 __all__ = ["Memory", "TransformerXL"]
 
@@ -162,9 +163,10 @@ class TransformerXL(Decoder):
             encoding_pd = F.dropout(encoding_pd, self.config.dropout, self.training)
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        facts = {"documents": documents_bs is not None, "decoding": cache is not None}
+        second = is_twice_differentiable()
+        facts = {"documents": documents_bs is not None, "decoding": cache is not None, "second_order": second}
         conditions = Conditions.here(device, dtype, training=torch.is_grad_enabled(), **facts)
-        backend = self.config.attention.backend
+        backend = "auto" if second else self.config.attention.backend
         return RelativeContext(
             Visibility(length, before + length, device, documents=documents_bs),
             conditions,

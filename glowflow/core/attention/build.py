@@ -24,6 +24,7 @@ def layer_spec(config: DecoderConfig, kind: LayerKind) -> AttentionSpec:
         heads=config.heads,
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
+        scale=config.attention_scale,
         window=attention.window if kind in ("windowed", "gated") else None,
         sinks=attention.sinks if kind in ("windowed", "gated") else 0,
         softcap=None if kind == "linear" else attention.softcap,
@@ -67,6 +68,7 @@ def build_attention(config: DecoderConfig, layer: int) -> nn.Module:
         layer,
         config.norm_eps if config.qk_norm else None,
         rotary=rotary,
+        bias=config.bias,
         long_spec=layer_spec(config, "windowed") if by_length else None,
         dense_up_to=_dense_up_to(config) if by_length else 0,
     )

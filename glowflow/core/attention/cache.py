@@ -10,7 +10,7 @@ Legend: B batch, K key/value heads, T new positions, S positions held, D head wi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,18 @@ class LayerCache(Protocol):
 
     def nbytes(self) -> int:
         """Memory held, in bytes."""
+
+    def select(self, rows: Tensor) -> None:
+        """Hold these rows (int64) of the batch, in this order; one may occur several times."""
+
+    def save(self) -> Any:
+        """What ``restore`` needs to come back to how it is now."""
+
+    def restore(self, saved: Any) -> None:
+        """Be as when this was saved; once for each ``save``, and only after reading on."""
+
+    def cut(self, length: int) -> bool:
+        """Forget the positions from ``length`` on; False where they cannot be told from the others."""
 
 
 @dataclass
@@ -59,6 +71,28 @@ class DecodeCache:
         """Memory held by all layers, in bytes."""
         return sum(layer.nbytes() for layer in self.layers)
 
+    def select(self, rows: Tensor) -> None:
+        """Hold these rows (int64) of the batch, in this order; one may occur several times."""
+        for layer in self.layers:
+            layer.select(rows)
+
+    def save(self) -> tuple[int, list[Any]]:
+        """What ``restore`` needs; costs a copy where later positions overwrite earlier ones."""
+        return self.length, [layer.save() for layer in self.layers]
+
+    def restore(self, saved: tuple[int, list[Any]]) -> None:
+        """Be as when this was saved; once for each ``save``."""
+        self.length, parts = saved
+        for layer, part in zip(self.layers, parts, strict=True):
+            layer.restore(part)
+
+    def cut(self, length: int) -> bool:
+        """Forget the positions from ``length`` on; False where a layer cannot, and all must be restored."""
+        if not all(layer.cut(length) for layer in self.layers):
+            return False
+        self.length = length
+        return True
+
 
 class FullKV:
     """All keys and values, filled from the left: (B, K, S, D) each."""
@@ -75,6 +109,7 @@ class FullKV:
         shape = (batch_size, kv_heads, max_length, head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.filled = 0
 
     def update(self, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Write (B, K, T, D) behind the ``length`` that are there.
@@ -82,13 +117,32 @@ class FullKV:
         Returns:
             All keys and values so far, and None: they lie in order.
         """
-        end = length + k.shape[2]
-        self.keys[:, :, length:end] = k
-        self.values[:, :, length:end] = v
-        return self.keys[:, :, :end], self.values[:, :, :end], None
+        count = k.shape[2]
+        self.filled = length + count
+        self.keys.narrow(2, length, count).copy_(k)
+        self.values.narrow(2, length, count).copy_(v)
+        return self.keys.narrow(2, 0, self.filled), self.values.narrow(2, 0, self.filled), None
 
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
+
+    def select(self, rows: Tensor) -> None:
+        self.keys, self.values = self._selected(self.keys, rows), self._selected(self.values, rows)
+
+    def _selected(self, held: Tensor, rows: Tensor) -> Tensor:
+        chosen = held.new_empty(len(rows), *held.shape[1:])
+        chosen[:, :, : self.filled] = held[rows, :, : self.filled]  # what is not filled need not be copied
+        return chosen
+
+    def save(self) -> int:
+        return self.filled
+
+    def restore(self, saved: int) -> None:
+        self.filled = saved
+
+    def cut(self, length: int) -> bool:
+        self.filled = length
+        return True
 
 
 class RingKV:
@@ -147,6 +201,18 @@ class RingKV:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
+    def select(self, rows: Tensor) -> None:
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def save(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.keys.clone(), self.values.clone(), self.positions.clone()
+
+    def restore(self, saved: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.keys, self.values, self.positions = saved
+
+    def cut(self, length: int) -> bool:
+        return False  # what lay in the overwritten slots is gone
+
 
 @dataclass
 class StateCache:
@@ -156,3 +222,15 @@ class StateCache:
 
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.state.values())
+
+    def select(self, rows: Tensor) -> None:
+        self.state = {name: tensor[rows] for name, tensor in self.state.items()}
+
+    def save(self) -> dict[str, Tensor]:
+        return dict(self.state)  # each step makes new tensors
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        self.state = dict(saved)
+
+    def cut(self, length: int) -> bool:
+        return False

@@ -18,6 +18,7 @@ from glowflow.core.attention.masks import Visibility
 from glowflow.core.attention.spec import AttentionSpec
 from glowflow.core.layers.norm import RMSNorm
 from glowflow.core.layers.rotary import RotaryTables
+from glowflow.core.layers.stacked import StackedLinear
 
 __all__ = ["AttentionContext", "SelfAttention"]
 
@@ -47,8 +48,8 @@ class AttentionContext:
 
     @property
     def named(self) -> str:
-        """The backend for this pass: a name is meant for whole sequences, single steps go by ``auto``."""
-        return "auto" if self.conditions.decoding else self.backend
+        """The backend for this pass: a name is meant for training on whole sequences, all else goes by ``auto``."""
+        return "auto" if self.conditions.decoding or self.conditions.second_order else self.backend
 
     def kernel(self, spec: AttentionSpec) -> Backend:
         """The backend that computes a layer of this pass."""
@@ -66,6 +67,7 @@ class SelfAttention(nn.Module):
         layer: which part of the cache is this layer's.
         qk_norm_eps: RMSNorm on queries and keys with this epsilon; None: none.
         rotary: turn queries and keys by the context's tables.
+        bias: as ``model.bias``; all but false gives ``qkv`` one, all but ``qkv`` then ``out`` too.
         long_spec: what is computed instead for sequences of more than ``dense_up_to`` positions.
         dense_up_to: see ``long_spec``.
     """
@@ -78,6 +80,7 @@ class SelfAttention(nn.Module):
         qk_norm_eps: float | None = None,
         *,
         rotary: bool = True,
+        bias: bool | str = False,
         long_spec: AttentionSpec | None = None,
         dense_up_to: int = 0,
     ) -> None:
@@ -85,8 +88,8 @@ class SelfAttention(nn.Module):
         self.rotary = rotary
         self.spec, self.long_spec, self.dense_up_to = spec, long_spec, dense_up_to
         self.layer = layer
-        self.qkv = nn.Linear(dim, (spec.heads + 2 * spec.kv_heads) * spec.head_dim, bias=False)
-        self.out = nn.Linear(spec.heads * spec.head_dim, dim, bias=False)
+        self.qkv = StackedLinear(dim, spec.qkv_rows, bias=bool(bias))
+        self.out = nn.Linear(spec.heads * spec.head_dim, dim, bias=bool(bias) and bias != "qkv")
         self.q_norm = None if qk_norm_eps is None else RMSNorm(spec.head_dim, qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else RMSNorm(spec.head_dim, qk_norm_eps)
 

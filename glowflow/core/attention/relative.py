@@ -27,6 +27,7 @@ from glowflow.core.attention.layer import AttentionContext
 from glowflow.core.attention.masks import Visibility
 from glowflow.core.attention.spec import AttentionSpec
 from glowflow.core.layers.norm import RMSNorm
+from glowflow.core.layers.stacked import StackedLinear
 
 __all__ = [
     "RELATIVE_BACKENDS",
@@ -215,6 +216,18 @@ class RelativeCache:
     def nbytes(self) -> int:
         return self.ring.nbytes() + (0 if self.distances_kpw is None else self.distances_kpw.nbytes)
 
+    def select(self, rows: Tensor) -> None:
+        self.ring.select(rows)
+
+    def save(self) -> Any:
+        return self.ring.save()
+
+    def restore(self, saved: Any) -> None:
+        self.ring.restore(saved)
+
+    def cut(self, length: int) -> bool:
+        return self.ring.cut(length)
+
 
 class RelativeAttention(nn.Module):
     """Self-attention over memory and new positions; ``kv.weight`` holds the rows of all keys, then values.
@@ -234,7 +247,7 @@ class RelativeAttention(nn.Module):
         self.spec, self.layer, self.memory = spec, layer, memory
         width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         self.q = nn.Linear(dim, width, bias=False)
-        self.kv = nn.Linear(dim, 2 * kv_width, bias=False)
+        self.kv = StackedLinear(dim, (kv_width, kv_width), bias=False)
         self.r = nn.Linear(dim, kv_width, bias=False)
         self.out = nn.Linear(width, dim, bias=False)
         self.q_norm = None if qk_norm_eps is None else RMSNorm(spec.head_dim, qk_norm_eps)

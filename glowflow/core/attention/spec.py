@@ -82,6 +82,11 @@ class AttentionSpec:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        """Widths of all queries, all keys and all values: how their projections are stacked."""
+        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
+
+    @property
     def plain(self) -> bool:
         """Dense, without bias and cap: what every kernel computes."""
         return self.kind == "dense" and self.softcap is None and not self.alibi and not self.relative

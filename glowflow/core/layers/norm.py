@@ -1,6 +1,7 @@
-"""RMSNorm (arXiv:1910.07467) with a backward pass written by hand for eager CPU code.
+"""RMSNorm (arXiv:1910.07467) with a backward pass written by hand for eager CPU code, and LayerNorm.
 
-torch has fused kernels for CUDA only; composed from single operations the norm costs ten passes over the activations.
+Of RMSNorm torch has fused kernels for CUDA only; composed from single operations it costs ten passes over the
+activations. LayerNorm (arXiv:1607.06450) is fused everywhere.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["RMSNorm", "rms_norm"]
+from glowflow.core.differentiation import is_twice_differentiable
+
+__all__ = ["LayerNorm", "RMSNorm", "build_norm", "rms_norm"]
 
 
 class RMSNorm(nn.Module):
@@ -30,13 +33,48 @@ class RMSNorm(nn.Module):
         return f"{self.dim}, eps={self.eps}"
 
 
+class LayerNorm(nn.Module):
+    """``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` over the last dimension; the bias may be left out."""
+
+    def __init__(self, dim: int, eps: float, bias: bool = True) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, (self.dim,), self.weight.to(x.dtype), bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}, bias={self.bias is not None}"
+
+
+def build_norm(norm: str, dim: int, eps: float, bias: bool) -> nn.Module:
+    """The norm that ``model.norm`` names: ``rmsnorm``, which has no bias, or ``layernorm``."""
+    return LayerNorm(dim, eps, bias) if norm == "layernorm" else RMSNorm(dim, eps)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of (..., D) with weight (D,); half precision is computed in fp32 inside torch's kernel."""
+    if not torch.compiler.is_compiling() and is_twice_differentiable():
+        precise = x.to(weight.dtype)
+        return (precise * (precise.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
     full_precision = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not full_precision:
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    if not torch.is_grad_enabled():  # a single token costs less than the way through autograd
+        return _normed(x, weight, eps)[0]
     normed: Tensor = _RMSNorm.apply(x, weight, eps)
     return normed
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normalised input, and 1/rms(x)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * r).mul_(weight), r
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -44,10 +82,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed, r = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, r, torch.zeros_like(r))
-        normed: Tensor = (x * r).mul_(weight)
         return normed
 
     @staticmethod

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from glowflow.config.architectures import RopeScalingConfig
+from glowflow.core.differentiation import is_twice_differentiable
 
 __all__ = ["Rotary", "RotaryTables", "frequencies", "rotate", "split_rotate", "temperature"]
 
@@ -62,14 +63,16 @@ class Rotary:
         return kept if kept.cos.shape[0] == length else kept.slice(0, length)
 
     def _compute(self, length: int, device: torch.device, real: torch.dtype) -> RotaryTables:
-        # In fp64 on the host: angles of late positions keep their precision, and every device has the same table.
-        each = frequencies(self.head_dim, self.theta, self.scaling)
-        angles, factor = torch.outer(torch.arange(length, dtype=torch.float64), each), temperature(self.scaling)
-        cos, sin = (angles.cos() * factor).to(device, real), (angles.sin() * factor).to(device, real)
-        # A broadcast dimension in the middle costs the CPU its long inner loops, other devices nothing.
-        repeats = self.num_heads if device.type == "cpu" else 1
-        turn = torch.complex(cos, sin).unsqueeze(1).expand(-1, repeats, -1).contiguous()
-        return RotaryTables(cos, sin, turn, turn.conj().resolve_conj())
+        # A table that sampling has made must serve training too. In fp64 on the host: angles of late positions keep
+        # their precision, and every device has the same table.
+        with torch.inference_mode(False), torch.no_grad():
+            each = frequencies(self.head_dim, self.theta, self.scaling)
+            angles, factor = torch.outer(torch.arange(length, dtype=torch.float64), each), temperature(self.scaling)
+            cos, sin = (angles.cos() * factor).to(device, real), (angles.sin() * factor).to(device, real)
+            # A broadcast dimension in the middle costs the CPU its long inner loops, other devices nothing.
+            repeats = self.num_heads if device.type == "cpu" else 1
+            turn = torch.complex(cos, sin).unsqueeze(1).expand(-1, repeats, -1).contiguous()
+            return RotaryTables(cos, sin, turn, turn.conj().resolve_conj())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rotary:
         return Rotary(self.head_dim, self.theta, self.num_heads, self.scaling)
@@ -118,11 +121,14 @@ def split_rotate(qkv: Tensor, heads: int, kv_heads: int, tables: RotaryTables) -
     Returns:
         q (B, H, T, D), k (B, K, T, D), v (B, K, T, D).
     """
-    if torch.compiler.is_compiling() or qkv.dtype != tables.cos.dtype:
+    if torch.compiler.is_compiling() or qkv.dtype != tables.cos.dtype or is_twice_differentiable():
         q, k, v = _by_head(qkv, heads + 2 * kv_heads).split((heads, kv_heads, kv_heads), dim=2)
         q, k = rotate(q, tables), rotate(k, tables)
     else:
-        q, k, v = _SplitRotate.apply(qkv, heads, kv_heads, tables.turn, tables.turn_back)
+        if torch.is_grad_enabled():
+            q, k, v = _SplitRotate.apply(qkv, heads, kv_heads, tables.turn, tables.turn_back)
+        else:
+            q, k, v = _split_rotated(qkv, heads, kv_heads, tables.turn)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -138,17 +144,22 @@ def _as_complex(x: Tensor) -> Tensor:
     return torch.view_as_complex(_in_pairs(x))
 
 
+def _split_rotated(qkv: Tensor, heads: int, kv_heads: int, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass over queries and keys; (B, T, heads, D) each."""
+    heads_btnd = _by_head(qkv, heads + 2 * kv_heads)
+    turned = torch.view_as_real(_as_complex(heads_btnd[:, :, : heads + kv_heads]) * turn).flatten(-2)
+    return turned[:, :, :heads], turned[:, :, heads:], heads_btnd[:, :, heads + kv_heads :]
+
+
 class _SplitRotate(torch.autograd.Function):
-    """One pass over queries and keys forward; backward writes all three gradients into one buffer."""
+    """``_split_rotated``; backward writes all three gradients into one buffer."""
 
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, heads: int, kv_heads: int, turn: Tensor, turn_back: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        heads_btnd = _by_head(qkv, heads + 2 * kv_heads)
-        turned = torch.view_as_real(_as_complex(heads_btnd[:, :, : heads + kv_heads]) * turn).flatten(-2)
         ctx.heads, ctx.kv_heads, ctx.turn_back = heads, kv_heads, turn_back
-        return turned[:, :, :heads], turned[:, :, heads:], heads_btnd[:, :, heads + kv_heads :]
+        return _split_rotated(qkv, heads, kv_heads, turn)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -12,14 +12,14 @@ import os
 import platform
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from glowflow.config.errors import DataError, Problem
 from glowflow.config.schema import DataConfig
 from glowflow.data.datasets import hub
-from glowflow.data.datasets.layout import contiguous, hash_splits, split_files
+from glowflow.data.datasets.layout import contiguous, hash_splits, held_out, split_files
 from glowflow.data.datasets.scan import OUR_INDEX, keep_good, scan_files
 from glowflow.data.datasets.source import Extent, FileFacts, Skipped, Source, source_digest
 from glowflow.data.datasets.wikitext import article_starts
@@ -43,6 +43,7 @@ class Entry:
         lines: the Parquet rows are lines of the original files.
         layout: turns the scanned files (by split) into extents.
         vocabulary: the known size of the default tokenizer's vocabulary.
+        home: the entry whose files it has; empty: its own.
     """
 
     name: str
@@ -54,6 +55,12 @@ class Entry:
     lines: bool
     layout: Callable[[dict[str, FileFacts]], dict[str, list[Extent]]] | None = None
     vocabulary: int | None = None
+    home: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder that holds its files."""
+        return self.home or self.name
 
 
 def cache_root(config: DataConfig) -> Path:
@@ -205,15 +212,15 @@ def _present(entry: Entry, directory: Path) -> dict[str, str]:
 
 
 def _places(entry: Entry, config: DataConfig) -> list[tuple[str, Path]]:
-    places = [("the local cache", cache_root(config) / "downloads" / entry.name)]
+    places = [("the local cache", cache_root(config) / "downloads" / entry.folder)]
     if root := os.environ.get("GLOWFLOW_DATA"):
-        places.insert(0, ("GLOWFLOW_DATA", Path(root).expanduser().absolute() / entry.name))
+        places.insert(0, ("GLOWFLOW_DATA", Path(root).expanduser().absolute() / entry.folder))
     return places
 
 
 def _find(entry: Entry, config: DataConfig) -> Path:
     """The directory that has the text files of a catalogue entry; made from Parquet where there is only that."""
-    text = cache_root(config) / "downloads" / entry.name / "text"  # ours: nobody else puts files there
+    text = cache_root(config) / "downloads" / entry.folder / "text"  # ours: nobody else puts files there
     for _, place in _places(entry, config):
         if len(_present(entry, place)) == len(entry.files):
             return place
@@ -249,14 +256,14 @@ def _nowhere(entry: Entry, config: DataConfig, reason: str) -> Problem:
     looked.append(f"{hub.location(entry.folders[0])} ({reason})")
     hint = (
         f"looked in: {'; '.join(looked)}. Put {names} (or Parquet: train-*.parquet, ...) into one of the folders above,"
-        f" or set GLOWFLOW_DATA to a folder that has {entry.name}/{names.split(',')[0]}"
+        f" or set GLOWFLOW_DATA to a folder that has {entry.folder}/{names.split(',')[0]}"
     )
     return Problem("data.dataset", "is not on this machine and cannot be fetched", entry.name, hint)
 
 
 def is_ready(entry: Entry, config: DataConfig) -> bool:
     """Whether the text files are on this machine: resolving it then fetches and writes nothing."""
-    places = [*(place for _, place in _places(entry, config)), cache_root(config) / "downloads" / entry.name / "text"]
+    places = [*(place for _, place in _places(entry, config)), cache_root(config) / "downloads" / entry.folder / "text"]
     return not entry.files or any(len(_present(entry, place)) == len(entry.files) for place in places)
 
 
@@ -264,7 +271,7 @@ def availability(entry: Entry, config: DataConfig) -> dict[str, Any]:
     """Where a catalogue entry would come from, without touching the network."""
     if not entry.files:
         return {"available": True, "where": f"this interpreter ({sysconfig.get_paths()['stdlib']})"}
-    places = [*_places(entry, config), ("the local cache", cache_root(config) / "downloads" / entry.name / "text")]
+    places = [*_places(entry, config), ("the local cache", cache_root(config) / "downloads" / entry.folder / "text")]
     for label, place in places:
         if len(_present(entry, place)) == len(entry.files) or _parquet(entry, place):
             return {"available": True, "where": f"{label} ({place})"}
@@ -289,6 +296,10 @@ def _shakespeare_layout(files: dict[str, FileFacts]) -> dict[str, list[Extent]]:
     return contiguous(files["train"])
 
 
+def _shakespeare_tune_layout(files: dict[str, FileFacts]) -> dict[str, list[Extent]]:
+    return held_out(files["train"])
+
+
 def _wikitext(name: str, size: str, vocabulary: int) -> Entry:
     return Entry(
         name=name,
@@ -308,6 +319,22 @@ def _wikitext(name: str, size: str, vocabulary: int) -> Entry:
 
 
 _SHAKESPEARE = "datasets/karpathy/tiny_shakespeare"
+_TINYSHAKESPEARE = Entry(
+    name="tinyshakespeare",
+    description="1.1 million characters of Shakespeare, 90/10 by characters as in nanoGPT",
+    licence="public domain",
+    tokenizer="chars",
+    files={"train": ("input.txt",)},
+    # The converted files lie in a pull request's commit and in the branch that the hub keeps for every data set.
+    folders=(
+        f"{_SHAKESPEARE}/data",
+        f"{_SHAKESPEARE}@6fa1fd1127e424cd6f68d48df00814d5b1b034c4/data",
+        f"{_SHAKESPEARE}@refs/convert/parquet/default",
+    ),
+    lines=False,
+    layout=_shakespeare_layout,
+    vocabulary=65 + 2,
+)
 _ENTRIES = (
     Entry(
         name="python-stdlib",
@@ -318,21 +345,13 @@ _ENTRIES = (
         folders=(),
         lines=False,
     ),
-    Entry(
-        name="tinyshakespeare",
-        description="1.1 million characters of Shakespeare, 90/10 by characters as in nanoGPT",
-        licence="public domain",
-        tokenizer="chars",
-        files={"train": ("input.txt",)},
-        # The converted files lie in a pull request's commit and in the branch that the hub keeps for every data set.
-        folders=(
-            f"{_SHAKESPEARE}/data",
-            f"{_SHAKESPEARE}@6fa1fd1127e424cd6f68d48df00814d5b1b034c4/data",
-            f"{_SHAKESPEARE}@refs/convert/parquet/default",
-        ),
-        lines=False,
-        layout=_shakespeare_layout,
-        vocabulary=65 + 2,
+    _TINYSHAKESPEARE,
+    replace(
+        _TINYSHAKESPEARE,
+        name="tinyshakespeare-tune",
+        description="the training part of tinyshakespeare, 90/10 again: to choose settings without its validation part",
+        layout=_shakespeare_tune_layout,
+        home="tinyshakespeare",
     ),
     _wikitext("wikitext-2", "2.1 million", 33_278),
     _wikitext("wikitext-103", "103 million", 267_735),

@@ -17,7 +17,7 @@ from glowflow.data.datasets.documents import read_pieces
 from glowflow.data.datasets.scan import character_offset
 from glowflow.data.datasets.source import Extent, FileFacts, Skipped, row_hash
 
-__all__ = ["contiguous", "file_extent", "hash_splits", "named_split", "split_files"]
+__all__ = ["contiguous", "file_extent", "hash_splits", "held_out", "named_split", "split_files"]
 
 _ALIASES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -143,9 +143,30 @@ def contiguous(facts: FileFacts, document_id: int = 0) -> dict[str, list[Extent]
         }
     if facts.chars < 2:
         raise DataError(Problem(facts.path, "is too short to be cut into train and validation", facts.chars))
-    middle = character_offset(facts.path, max(1, int(facts.chars * 0.9)))
+    return _cut_in_two(facts, _nine_tenths(facts.chars), facts.bytes, document_id)
+
+
+def held_out(facts: FileFacts) -> dict[str, list[Extent]]:
+    """Cut the training part of `contiguous` once more at nine tenths of its characters, and leave out the rest.
+
+    Raises:
+        DataError: it is too short to be cut.
+    """
+    chars = _nine_tenths(facts.chars)
+    if facts.chars < 2 or chars < 2:
+        raise DataError(Problem(facts.path, "has a training part too short to be cut", facts.chars))
+    return _cut_in_two(facts, _nine_tenths(chars), character_offset(facts.path, chars), 0)
+
+
+def _nine_tenths(chars: int) -> int:
+    return max(1, int(chars * 0.9))
+
+
+def _cut_in_two(facts: FileFacts, chars: int, end: int, document_id: int) -> dict[str, list[Extent]]:
+    """The first characters of a text for training, the rest up to the byte ``end`` for validation."""
+    middle = character_offset(facts.path, chars)
     train = Extent(facts.path, facts.name, "text", 0, middle, document_id, middle)
-    validation = Extent(facts.path, facts.name, "text", middle, facts.bytes, document_id + 1, facts.bytes - middle)
+    validation = Extent(facts.path, facts.name, "text", middle, end, document_id + 1, end - middle)
     return {"train": [train], "validation": [validation]}
 
 

@@ -1,12 +1,14 @@
 """Tokenizers: text in, token ids in the narrowest unsigned type out; each is rebuilt exactly from its JSON-able spec.
 
-Four kinds: ``bytes``, ``chars``, ``words`` (for comparison with published word-level tables) and ``bpe``. Data sets
-carry the whole spec, so a manifest or checkpoint alone is enough to read and write text. A document is encoded as
-[bos] + tokens (+ [eos]): the first real token is then a target too.
+Four kinds are trained here: ``bytes``, ``chars``, ``words`` (for comparison with published word-level tables) and
+``bpe``; others come as files (a tokenizer.json, or ``llama2c.py``'s tokenizer.bin). Data sets carry the whole spec, so
+a manifest or checkpoint alone is enough to read and write text. A document is encoded as [bos] + tokens (+ [eos]): the
+first real token is then a target too.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -96,9 +98,17 @@ class Tokenizer(ABC):
     def spec(self) -> dict[str, Any]:
         """A JSON-able description that is enough to rebuild the tokenizer."""
 
+    def files(self) -> dict[str, bytes]:
+        """The files, by name, in which other programs take this tokenizer; empty where there are none."""
+        return {}
+
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of several texts; equal to encoding one by one."""
         return [self.encode(text) for text in texts]
+
+    def encode_pieces(self, texts: Sequence[str], firsts: Sequence[bool]) -> list[Ids]:
+        """The ids of pieces of documents; ``firsts`` says which begin one, for tokenizers to which that matters."""
+        return self.encode_batch(texts)
 
     def encode_document(self, text: str) -> Ids:
         """[bos] + ids (+ [eos])."""
@@ -247,6 +257,17 @@ class BpeTokenizer(Tokenizer):
     def spec(self) -> dict[str, Any]:
         return {"kind": self.kind, "vocab_size": self.requested or self.vocab_size, "tokenizer_json": self.content}
 
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.json, and the few lines with which ``transformers`` loads it."""
+        names = {"bos_token": self._engine.id_to_token(self.bos_id)}
+        if self.eos_id is not None:
+            names["eos_token"] = self._engine.id_to_token(self.eos_id)
+        described = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+        return {
+            "tokenizer.json": self.content.encode("utf-8"),
+            "tokenizer_config.json": (json.dumps(described, indent=2) + "\n").encode("utf-8"),
+        }
+
     def token_bytes(self) -> npt.NDArray[np.int32] | None:
         """Exact for byte-level models, whose tokens write each byte as one character."""
         decoder = json.loads(self.content).get("decoder") or {}
@@ -291,13 +312,21 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenizer:
             return WordTokenizer(spec["words"])
         if kind == "bpe":
             return BpeTokenizer(spec["tokenizer_json"], spec.get("vocab_size"))
+        if kind == "llama2c":
+            return _llama2c(base64.b64decode(spec["tokenizer_bin"]))
     except KeyError as error:
         raise DataError(Problem("tokenizer", f"the spec lacks the field {error}")) from error
-    raise DataError(Problem("tokenizer.kind", f"must be one of {', '.join(KINDS)}", kind))
+    raise DataError(Problem("tokenizer.kind", f"must be one of {', '.join(KINDS)}, llama2c", kind))
+
+
+def _llama2c(content: bytes) -> Tokenizer:
+    from glowflow.data.processors.llama2c import Llama2cTokenizer
+
+    return Llama2cTokenizer(content)
 
 
 def parse_request(request: str) -> tuple[str, int | None, Path | None]:
-    """Understand ``data.tokenizer``: (kind, vocabulary size, path of a tokenizer.json).
+    """Understand ``data.tokenizer``: (kind, vocabulary size, path of a tokenizer's file).
 
     Raises:
         DataError: neither a kind, ``KIND:SIZE`` nor a file that exists.
@@ -316,21 +345,27 @@ def parse_request(request: str) -> tuple[str, int | None, Path | None]:
     if path.is_dir():
         path = path / "tokenizer.json"
     if path.is_file():
-        return "bpe", None, path
-    hint = "give auto, bytes, chars, words, words:SIZE, bpe, bpe:SIZE or the path of a tokenizer.json"
+        return ("llama2c" if path.suffix == ".bin" else "bpe"), None, path
+    hint = "give auto, bytes, chars, words, words:SIZE, bpe, bpe:SIZE or the path of a tokenizer.json or tokenizer.bin"
     raise DataError(Problem("data.tokenizer", "is neither a kind of tokenizer nor a file", request, hint))
 
 
-def load_tokenizer_file(path: Path) -> BpeTokenizer:
-    """A tokenizer.json of the Hugging Face library; ``<|endoftext|>`` is added where it has no document boundary.
+def load_tokenizer_file(path: Path) -> Tokenizer:
+    """A tokenizer.bin of llama2.c, or a tokenizer.json of the Hugging Face library.
+
+    To a tokenizer.json without a document boundary ``<|endoftext|>`` is added.
 
     Raises:
         DataError: the file can not be read or is no tokenizer.
     """
     try:
+        if path.suffix == ".bin":
+            return _llama2c(path.read_bytes())
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(Problem("data.tokenizer", f"{path} cannot be read: {error}")) from error
+    except DataError as error:
+        raise DataError([Problem(str(path), p.rule, p.value, p.hint) for p in error.problems]) from error
     engine = _engine(content)
     if not any(name in engine.get_vocab(with_added_tokens=True) for name in _BOUNDARIES):
         engine.add_special_tokens([END_OF_TEXT])

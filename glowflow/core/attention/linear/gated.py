@@ -11,6 +11,7 @@ Legend: B batch, T positions, D width, H heads, K key/value heads, W head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from glowflow.core.attention.layer import AttentionContext
 from glowflow.core.attention.linear.layer import LinearOptions, Recurrence
 from glowflow.core.attention.spec import AttentionSpec
 from glowflow.core.layers.norm import RMSNorm
+from glowflow.core.layers.stacked import StackedLinear
 
 __all__ = ["GatedAttention", "GatedCache"]
 
@@ -35,6 +37,20 @@ class GatedCache:
 
     def nbytes(self) -> int:
         return self.window.nbytes() + self.linear.nbytes()
+
+    def select(self, rows: Tensor) -> None:
+        self.window.select(rows)
+        self.linear.select(rows)
+
+    def save(self) -> tuple[Any, Any]:
+        return self.window.save(), self.linear.save()
+
+    def restore(self, saved: tuple[Any, Any]) -> None:
+        self.window.restore(saved[0])
+        self.linear.restore(saved[1])
+
+    def cut(self, length: int) -> bool:
+        return False  # a state holds all positions in one
 
 
 class GatedAttention(nn.Module):
@@ -63,7 +79,7 @@ class GatedAttention(nn.Module):
         options = options or LinearOptions()
         self.window_spec, self.layer, self.rotary = window_spec, layer, rotary
         heads, width = window_spec.heads, window_spec.head_dim
-        self.qkv = nn.Linear(dim, (heads + 2 * window_spec.kv_heads) * width, bias=False)
+        self.qkv = StackedLinear(dim, window_spec.qkv_rows, bias=False)
         self.q_norm = RMSNorm(width, options.norm_eps) if options.qk_norm else None
         self.k_norm = RMSNorm(width, options.norm_eps) if options.qk_norm else None
         self.recurrence = Recurrence(dim, linear_spec, options)

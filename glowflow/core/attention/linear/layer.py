@@ -25,6 +25,7 @@ from glowflow.core.attention.linear.passes import accumulation_dtype, runs_of
 from glowflow.core.attention.spec import AttentionSpec
 from glowflow.core.layers.norm import RMSNorm
 from glowflow.core.layers.rotary import Rotary, RotaryTables, rotate
+from glowflow.core.layers.stacked import StackedLinear
 
 __all__ = ["LinearAttention", "LinearOptions", "Recurrence"]
 
@@ -163,7 +164,7 @@ class LinearAttention(nn.Module):
     def __init__(self, dim: int, spec: AttentionSpec, layer: int, options: LinearOptions | None = None) -> None:
         super().__init__()
         self.spec, self.layer = spec, layer
-        self.qkv = nn.Linear(dim, (spec.heads + 2 * spec.kv_heads) * spec.head_dim, bias=False)
+        self.qkv = StackedLinear(dim, spec.qkv_rows, bias=False)
         self.recurrence = Recurrence(dim, spec, options or LinearOptions())
         self.out = nn.Linear(spec.heads * spec.head_dim, dim, bias=False)
 

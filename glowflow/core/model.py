@@ -14,16 +14,22 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from glowflow.config.architectures import DecoderConfig
 from glowflow.config.errors import CheckpointError, ConfigError, GlowFlowError, Problem
 from glowflow.config.registry import ARCHITECTURES, load_object
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.core.architectures.base import BaseArchitecture
 from glowflow.core.initialization import initialize
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from glowflow.core.generation import Completion, Hypothesis, SamplingOptions
 
 __all__ = [
     "FORMAT",
@@ -31,6 +37,7 @@ __all__ = [
     "architecture_class",
     "build_module",
     "read_single_file",
+    "require_same_tokenizer",
     "state_dict_problems",
     "write_single_file",
 ]
@@ -66,6 +73,16 @@ def build_module(config: GlowFlowConfig, device: torch.device | str = "meta") ->
     target = architecture_class(config.model.arch)
     with torch.device(device):
         return target(config.model)
+
+
+class StreamOptions(TypedDict, total=False):
+    """What :meth:`GlowFlowModel.stream` takes by keyword alone."""
+
+    min_p: float | None
+    repetition_penalty: float
+    draft: GlowFlowModel | None
+    draft_tokens: int
+    truncate_prompt: bool
 
 
 class GlowFlowModel:
@@ -160,9 +177,10 @@ class GlowFlowModel:
         top_p: float | None = None,
         seed: int = 0,
         eos_id: int | None = None,
+        **more: Unpack[StreamOptions],
     ) -> list[int]:
-        """New token ids after the prompt; see :func:`glowflow.core.generation.generate`."""
-        return list(self.stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, seed, eos_id))
+        """New token ids after the prompt; the arguments are those of :meth:`stream`."""
+        return list(self.stream(prompt_ids, max_new_tokens, temperature, top_k, top_p, seed, eos_id, **more))
 
     def stream(
         self,
@@ -173,12 +191,82 @@ class GlowFlowModel:
         top_p: float | None = None,
         seed: int = 0,
         eos_id: int | None = None,
+        *,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        draft: GlowFlowModel | None = None,
+        draft_tokens: int = 4,
+        truncate_prompt: bool = False,
     ) -> Iterator[int]:
-        """Like :meth:`generate`, one id at a time."""
-        from glowflow.core.generation import SamplingOptions, generate
+        """New token ids after the prompt, one at a time; see :class:`glowflow.core.generation.SamplingOptions`.
 
-        options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos_id=eos_id)
-        return generate(self.module, prompt_ids, max_new_tokens, self.config.data.context, options)
+        Args:
+            draft: a smaller model with the same tokenizer, which proposes ``draft_tokens`` tokens at a time; the ids
+                are distributed as without it (:func:`glowflow.core.generation.speculate`).
+            truncate_prompt: read only the end of a prompt that is longer than the context.
+
+        Raises:
+            ConfigError: a prompt or option that cannot be used (at once, not at the first ``next``).
+        """
+        from glowflow.core.generation import SamplingOptions, generate, speculate
+
+        options = SamplingOptions(temperature, top_k, top_p, seed, eos_id, min_p, repetition_penalty)
+        text, context, cut = (prompt_ids, max_new_tokens), self.config.data.context, truncate_prompt
+        if draft is None:
+            return generate(self.module, *text, context, options, truncate_prompt=cut)
+        require_same_tokenizer(self, draft)
+        models, context = (self.module, draft.module), min(context, draft.config.data.context)
+        return speculate(*models, *text, context, options, draft_tokens=draft_tokens, truncate_prompt=cut)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        options: SamplingOptions | None = None,
+        *,
+        batch_size: int = 16,
+        log_probs: int | None = None,
+        truncate_prompt: bool = False,
+    ) -> list[Completion]:
+        """Completions of many prompts, in their order; see :func:`glowflow.core.generation.generate_batch`."""
+        from glowflow.core.generation import generate_batch
+
+        return generate_batch(
+            self.module,
+            prompts,
+            max_new_tokens,
+            self.config.data.context,
+            options,
+            batch_size=batch_size,
+            log_probs=log_probs,
+            truncate_prompt=truncate_prompt,
+        )
+
+    def beam_search(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        num_beams: int,
+        *,
+        length_penalty: float = 1.0,
+        num_results: int = 1,
+        eos_id: int | None = None,
+        truncate_prompt: bool = False,
+    ) -> list[Hypothesis]:
+        """The likeliest texts after the prompt, best first; see :func:`glowflow.core.generation.beam_search`."""
+        from glowflow.core.generation import beam_search
+
+        return beam_search(
+            self.module,
+            prompt_ids,
+            max_new_tokens,
+            self.config.data.context,
+            num_beams,
+            length_penalty=length_penalty,
+            num_results=num_results,
+            eos_id=eos_id,
+            truncate_prompt=truncate_prompt,
+        )
 
     def load_state_dict(self, state: Mapping[str, Tensor], source: str = "state_dict") -> None:
         """Take over weights by name.
@@ -199,12 +287,13 @@ class GlowFlowModel:
         """Take over the weights of a single-file checkpoint of the same architecture; the config stays.
 
         Raises:
-            CheckpointError: unreadable, or of another architecture.
+            CheckpointError: unreadable, or of another architecture or parametrisation.
         """
         content = read_single_file(path)
         theirs = content["config"].get("model", {}).get("arch")
         if theirs != self.config.model.arch:
             raise CheckpointError(Problem(str(path), f"must hold the architecture {self.config.model.arch!r}", theirs))
+        require_parametrization(self.config, content["config"], str(path))
         self.load_state_dict(content["state_dict"], str(path))
         self.step = content["step"]
 
@@ -235,6 +324,48 @@ class GlowFlowModel:
         model.load_state_dict(content["state_dict"], str(path))
         model.step = content["step"]
         return model
+
+
+def require_same_tokenizer(model: GlowFlowModel, draft: GlowFlowModel, key: str = "draft") -> None:
+    """Check that the tokens of both models mean the same, as far as their tokenizers are known.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    own, other = model.tokenizer_spec, draft.tokenizer_spec
+    if own is not None and other is not None and own != other:
+        kinds = f"{other.get('kind')} of {other.get('vocab_size', draft.config.model.vocab_size)} tokens"
+        rule = f"must have the model's tokenizer ({own.get('kind')}); the draft's is another one"
+        raise ConfigError(Problem(key, rule, kinds, "train both models on data sets of one tokenizer"))
+
+
+def require_parametrization(config: GlowFlowConfig, theirs: Mapping[str, Any], source: str) -> None:
+    """Refuse weights from under another parametrisation (``model.mup``): in this model they would compute other scores.
+
+    Args:
+        config: of the model that shall take the weights.
+        theirs: the whole config, as plain values, that they were trained with.
+        source: where they come from.
+
+    Raises:
+        CheckpointError: the same model would multiply its scores by something else.
+    """
+    mine, section = config.model, theirs.get("model", {})
+    if not isinstance(mine, DecoderConfig) or section.get("dim") != mine.dim:
+        return  # without maximal-update parametrisation, or of other shapes, which is told by name
+    keys = ("dim", "heads", "mup", "base_dim", "base_head_dim")
+    other = DecoderConfig.model_construct(**{key: section[key] for key in keys if key in section})
+    if (other.width_ratio, other.attention_scale) != (mine.width_ratio, mine.attention_scale):
+        rule = f"are from under {_parametrization(other)}, this model is under {_parametrization(mine)}"
+        hint = "train on with the model.mup, model.base_dim and model.base_head_dim that they were trained with"
+        raise CheckpointError(Problem(f"weights of {source}", rule, hint=hint))
+
+
+def _parametrization(model: DecoderConfig) -> str:
+    if not model.mup:
+        return "the standard parametrisation"
+    heads = "" if model.base_head_dim is None else f", model.base_head_dim {model.base_head_dim}"
+    return f"maximal-update parametrisation with model.base_dim {model.base_dim}{heads}"
 
 
 def state_dict_problems(module: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> list[Problem]:

@@ -104,7 +104,7 @@ def test_export_is_plain_tensors_with_config_and_tokenizer(workshop: Workshop) -
 def test_generate_is_seeded(document: Any, workshop: Workshop) -> None:
     args = ("generate", workshop.run, "--storage", str(workshop.storage), "--prompt", "the ", "--max-tokens", "20")
     assert document(*args, "--seed", "1") == document(*args, "--seed", "1")
-    texts = {document(*args, "--seed", str(seed))["text"] for seed in range(4)}
+    texts = {document(*args, "--seed", str(seed))["results"][0]["text"] for seed in range(4)}
     assert len(texts) > 1
 
 

@@ -19,12 +19,12 @@ __all__ = ["best"]
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def best(name: str, storage: str, export: str | None, as_json: bool) -> None:
     """The best trial of SWEEP: its values, where its run is, its config as a file of its own."""
-    from glowflow.config.loader import to_yaml
     from glowflow.experiments.journal import find_sweep, read_journal
     from glowflow.experiments.winner import winner
 
     sweep_dir = find_sweep(storage, name)
-    trial, config = winner(sweep_dir)
+    won = winner(sweep_dir)
+    trial, proxy = won.trial, won.proxy
     values = {metric: trial.value(metric) for metric in read_journal(sweep_dir).metrics}
     found = {
         "sweep": sweep_dir.name,
@@ -36,10 +36,11 @@ def best(name: str, storage: str, export: str | None, as_json: bool) -> None:
         "params": trial.params,
         "seed": trial.seed,
         "mlflow_run_id": trial.mlflow_run_id,
+        "proxy": None if proxy is None else proxy.to_dict(),
         "exported": export,
     }
     if export is not None:
-        _write(Path(export), f"# {found['run']}, the best trial of the sweep {sweep_dir.name}\n{to_yaml(config)}")
+        _write(Path(export), won.to_yaml())
     if as_json:
         echo_json(found)
         return
@@ -47,8 +48,11 @@ def best(name: str, storage: str, export: str | None, as_json: bool) -> None:
     click.echo(f"{found['run']}: {shown} at step {trial.step} ({trial.status.lower()})")
     for key, value in {**trial.params, "training.seed": trial.seed}.items():
         click.echo(f"  {key} = {value}")
+    if proxy is not None:
+        click.echo(str(proxy))
     if export is not None:
-        note(f"wrote {export}; train it with: glowflow train {export}")
+        at = "" if proxy is None else f" at its full width, {proxy.full_width}"
+        note(f"wrote {export}{at}; train it with: glowflow train {export}")
 
 
 def _write(path: Path, text: str) -> None:

@@ -65,6 +65,11 @@ def sweep() -> None:
     metavar="SWEEP",
     help="Begin with the results of an earlier sweep, or of mlflow:EXPERIMENT.",
 )
+@click.option(
+    "--proxy",
+    metavar="width=W",
+    help="Train models of this width, and export the best config at the full one; needs model.mup.",
+)
 @click.option("--resume", metavar="SWEEP", help="Go on with this sweep; what is done stays done.")
 @_storage
 @click.option("--dry-run", is_flag=True, help="Show what would run; start nothing, write nothing.")
@@ -77,6 +82,7 @@ def run(
     overrides: tuple[str, ...],
     name: str | None,
     warm_start: tuple[str, ...],
+    proxy: str | None,
     resume: str | None,
     storage: str,
     dry_run: bool,
@@ -92,14 +98,21 @@ def run(
     verbose = bool((root.obj or {}).get("verbose"))
     if resume is not None:
         state = resume_sweep(
-            resume, storage=storage, config=config, space=space, overrides=overrides, changes=changes, verbose=verbose
+            resume,
+            storage=storage,
+            config=config,
+            space=space,
+            overrides=overrides,
+            changes=changes,
+            proxy=proxy,
+            verbose=verbose,
         )
         return _end(state, as_json)
     if config is None or space is None:
         missing = "CONFIG" if config is None else "SPACE"
         hint = "glowflow sweep configs/quickstart.yaml tune_spaces/lr.yaml"
         raise ConfigError(Problem(missing, "is missing: give a config and a space, or --resume SWEEP", hint=hint))
-    prepared = prepare_sweep(config, space, overrides, changes, name=name)
+    prepared = prepare_sweep(config, space, overrides, changes, name=name, proxy=proxy)
     if dry_run:
         _show_plan(prepared, as_json)
         return 0
@@ -115,13 +128,17 @@ def _words(argv: list[str]) -> list[str]:
 
 def _end(state: Any, as_json: bool) -> int:
     from glowflow.experiments.status import format_status, sweep_json
+    from glowflow.experiments.winner import FULL_WIDTH_NAME
 
     if as_json:
         echo_json(sweep_json(state))
     else:
         click.echo(format_status(state))
         target = shlex.quote(str(state.about["name"]))
-        note(f"report: {Path(state.about['storage']) / state.about['name'] / 'report' / 'report.md'}")
+        sweep_dir = Path(state.about["storage"]) / state.about["name"]
+        note(f"report: {sweep_dir / 'report' / 'report.md'}")
+        if (sweep_dir / FULL_WIDTH_NAME).is_file():
+            note(f"the best config at its full width: {sweep_dir / FULL_WIDTH_NAME}")
         if state.status == "KILLED":
             note(f"go on with: glowflow sweep --resume {target}")
         else:
@@ -132,10 +149,11 @@ def _end(state: Any, as_json: bool) -> int:
 def _show_plan(prepared: Any, as_json: bool) -> None:
     from glowflow.tracking.tables import table
 
-    settings, space = prepared.settings, prepared.space
+    settings, space, proxy = prepared.settings, prepared.space, prepared.proxy
     points, seeds = prepared.points(), settings.seeds
     plan = {
         "sweep": settings.sweep_dir.name,
+        "proxy": None if proxy is None else proxy.to_dict(),
         "trials": settings.num_points * len(seeds),
         "seeds": list(seeds),
         "metric": list(space.metrics),
@@ -154,8 +172,11 @@ def _show_plan(prepared: Any, as_json: bool) -> None:
         echo_json(plan)
         return
     for key, value in plan.items():
-        if key not in ("points", "warnings"):
+        if key not in ("proxy", "points", "warnings"):
             click.echo(f"{key:<14}{value if not isinstance(value, list) else ', '.join(map(str, value)) or '-'}")
+    if proxy is not None:
+        narrower = [f"{key} {value} (full: {proxy.full[key]})" for key, value in proxy.changes.items()]
+        click.echo(f"proxy         {', '.join(narrower)}")
     if points is None:
         click.echo(f"points        {space.searcher.name} chooses them as it learns")
     else:

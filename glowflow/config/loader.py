@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from glowflow.config.errors import ConfigError, Problem
+from glowflow.config.mup import mup_warnings
+from glowflow.config.optimizers import OptimizerConfig
+from glowflow.config.registry import OPTIMIZERS
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.config.validation import check
 from glowflow.config.yaml12 import dump_yaml, parse_yaml
@@ -21,6 +24,8 @@ from glowflow.config.yaml12 import dump_yaml, parse_yaml
 __all__ = ["apply_overrides", "config_fingerprint", "load_config", "to_dict", "to_yaml", "warnings"]
 
 Overrides = Sequence[str] | Mapping[str, Any]
+
+_OPTIMIZER = "training.optimizer"
 
 # Keys that change where and how often something is written, or how data travel, but no number of the training.
 _NOT_IN_FINGERPRINT: dict[str, tuple[str, ...]] = {
@@ -48,15 +53,16 @@ def load_config(
 
     Args:
         source: path of a YAML file, a mapping of sections, a config, or None for the defaults.
-        overrides: `a.b=value` texts whose values are read as YAML (`training.lr=3e-4`), or a mapping from dotted
-            keys to values. A later one wins.
+        overrides: `a.b=value` texts whose values are read as YAML (`training.lr=3e-4`), of which a later one wins, or
+            a mapping from dotted keys to values, in which a section comes before its keys wherever it stands.
         strict: False drops unknown keys with a logged warning, to read what another version has written.
 
     Returns:
         The checked config.
 
     Raises:
-        ConfigError: the file cannot be read or parsed, or any key is wrong; it holds all problems.
+        ConfigError: the file cannot be read or parsed, any key is wrong, or an override changes the optimiser's name
+            and would leave it keys that were set for another one; it holds all problems.
     """
     data, name = _read(source)
     problems = _override(data, overrides)
@@ -122,7 +128,7 @@ def warnings(config: GlowFlowConfig) -> list[str]:
                 f"training.{key} ({interval}) is greater than training.max_steps ({training.max_steps}): "
                 "it happens at the last step only"
             )
-    return found
+    return [*found, *mup_warnings(config)]
 
 
 def _read(source: object) -> tuple[dict[str, Any], str]:
@@ -189,12 +195,48 @@ def _override(data: dict[str, Any], overrides: Overrides) -> list[Problem]:
     if isinstance(overrides, str):
         overrides = [overrides]
     problems: list[Problem] = []
-    pairs = overrides.items() if isinstance(overrides, Mapping) else _pairs(overrides, problems)
+    if isinstance(overrides, Mapping):
+        pairs = sorted(overrides.items(), key=lambda pair: pair[0].count("."))
+    else:
+        pairs = _pairs(overrides, problems)
+    before = _optimizer(data)
     for key, value in pairs:
         problem = _set(data, key, value)
         if problem is not None:
             problems.append(problem)
-    return problems
+    return problems + _leftovers(data, before, pairs)
+
+
+def _optimizer(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimiser's section, with its name, as far as it is one."""
+    training = data.get("training")
+    section = training.get("optimizer", {}) if isinstance(training, Mapping) else {}
+    section = {"name": section} if isinstance(section, str) else section
+    return {"name": "adamw", **section} if isinstance(section, Mapping) else {}
+
+
+def _leftovers(data: dict[str, Any], before: Mapping[str, Any], pairs: Sequence[tuple[str, Any]]) -> list[Problem]:
+    """What was set for one optimiser and would become another's because its name alone was changed; it is taken out."""
+    own = dict(before)
+    for key, value in pairs:
+        if key == _OPTIMIZER or (key == "training" and not (isinstance(value, Mapping) and "optimizer" not in value)):
+            own.clear()
+        elif key.startswith(f"{_OPTIMIZER}."):
+            own.pop(key.split(".")[2], None)
+    section = _optimizer(data)
+    old, name = before.get("name"), section.get("name")
+    entry = OPTIMIZERS.get(name) if isinstance(name, str) else None
+    left = [key for key in own if key not in OptimizerConfig.model_fields]
+    if entry is None or name == old or not left:
+        return []
+    for key in left:
+        del data["training"]["optimizer"][key]
+    shown = " and ".join(f"{key} ({json.dumps(own[key], default=repr)})" for key in left)
+    rule = f"would give {name} what is set for {old}: {shown}"
+    hint = f"{_OPTIMIZER}={name}, or {_OPTIMIZER}={{name: {name}, ...}}, begins with the defaults of {name}"
+    if entry.builtin and set(left) <= entry.schema().model_fields.keys():
+        hint += f"; or set {', '.join(f'{_OPTIMIZER}.{key}' for key in left)} too"
+    return [Problem(f"{_OPTIMIZER}.name", rule, name, hint)]
 
 
 def _pairs(overrides: Sequence[str], problems: list[Problem]) -> list[tuple[str, Any]]:
@@ -221,7 +263,7 @@ def _set(data: dict[str, Any], key: str, value: Any) -> Problem | None:
     for depth, part in enumerate(sections):
         path = ".".join(sections[: depth + 1])
         child = here.setdefault(part, {})
-        if path == "training.optimizer" and isinstance(child, str):
+        if path == _OPTIMIZER and isinstance(child, str):
             child = here[part] = {"name": child}
         if not isinstance(child, dict):
             return Problem(key, f"cannot be set, since {path} is not a section", child)

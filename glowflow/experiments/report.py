@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from glowflow.config.errors import ConfigError, PreflightError, Problem
+from glowflow.config.spaces.proxy import Proxy
 from glowflow.experiments import views
 from glowflow.experiments.labels import command_line, decimals, fixed, plain, relative, short_value
 from glowflow.experiments.results import ALPHA, Outcome, Results, read_results
 from glowflow.experiments.tables import Cells, group_cells, leaderboard_csv, main_tables, ranking_cells, reason
+from glowflow.experiments.winner import FULL_WIDTH_NAME
 from glowflow.tracking.files import jsonable
 
 __all__ = ["FORMATS", "markdown", "report_data", "write_report"]
@@ -86,9 +88,9 @@ def report_data(sweep_dir: str | Path) -> dict[str, Any]:
     """What the report says, as values that JSON can hold.
 
     Returns:
-        sweep, question, status, why, metric, mode, max_steps, steps, counts, best, ``trials`` (by rank), ``groups``
-        (metric -> settings over seeds with intervals, tests and verdicts), ``importance`` (metric -> importances or the
-        reason for none), ``provenance``.
+        sweep, question, status, why, proxy, metric, mode, max_steps, steps, counts, best, ``trials`` (by rank),
+        ``groups`` (metric -> settings over seeds with intervals, tests and verdicts), ``importance`` (metric ->
+        importances or the reason for none), ``provenance``.
 
     Raises:
         RunError: it is no sweep.
@@ -115,6 +117,7 @@ def report_data(sweep_dir: str | Path) -> dict[str, Any]:
         "question": question(results),
         "status": results.status,
         "why": results.why,
+        "proxy": results.about.get("proxy"),
         "metric": list(results.metrics),
         "mode": list(results.modes),
         "max_steps": results.max_steps,
@@ -187,6 +190,8 @@ def answer(results: Results) -> list[str]:
     if results.status != "FINISHED":
         why = f": {relative(plain(results.why), results.storage)}" if results.why else ""
         lines.append(f"The sweep {_ENDINGS.get(results.status, results.status.lower())}{why}.")
+    if (proxy := Proxy.from_dict(results.about.get("proxy"))) is not None:
+        lines.append(f"All of it was {proxy}; the best config at that width is {FULL_WIDTH_NAME}, beside the trials.")
     if results.best is None:
         return [*lines, "No trial has a result."]
     if results.by_seeds:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glowflow.config.space import Space
+from glowflow.config.spaces.proxy import Proxy
 from glowflow.experiments.journal import best_trial, driver_of
 from glowflow.experiments.labels import clip, decimals, fixed, plain, short_params
 from glowflow.experiments.tables import reason
@@ -49,6 +50,8 @@ def _headline(state: SweepState, space: Space) -> list[str]:
     goals = ", ".join(f"{name} ({mode})" for name, mode in zip(state.metrics, state.modes, strict=True))
     how = space.searcher.name + ("" if space.scheduler.name == "fifo" else f", {space.scheduler.name}")
     lines = [f"sweep {state.about.get('name')}: {'DEAD' if _abandoned(state) else state.status}; {how}; {goals}"]
+    if (proxy := Proxy.from_dict(state.about.get("proxy"))) is not None:
+        lines.append(f"proxy: {proxy}")
     if state.why:
         lines.append(f"why: {reason(state.why, None, state.about.get('storage'))}")
     if _abandoned(state):
@@ -187,8 +190,9 @@ def sweep_json(state: SweepState) -> dict[str, Any]:
     """What ``glowflow sweep --json`` and ``sweep status --json`` print.
 
     Returns:
-        sweep, status, why, metric, mode, mlflow_run_id, ``trials`` (in the order of claim: trial, point, label, seed,
-        params, status, step, metrics, best, why, seconds, mlflow_run_id, directory) and ``best``, one of them or None.
+        sweep, status, why, proxy, metric, mode, mlflow_run_id, ``trials`` (in the order of claim: trial, point, label,
+        seed, params, status, step, metrics, best, why, seconds, mlflow_run_id, directory) and ``best``, one of them or
+        None.
     """
     trials = {trial.id: _trial_json(trial, state.metrics) for trial in state.trials.values()}
     best = best_trial(state)
@@ -196,6 +200,7 @@ def sweep_json(state: SweepState) -> dict[str, Any]:
         "sweep": state.about.get("name"),
         "status": state.status,
         "why": state.why,
+        "proxy": state.about.get("proxy"),
         "metric": list(state.metrics),
         "mode": list(state.modes),
         "mlflow_run_id": state.about.get("mlflow_run_id"),

@@ -135,13 +135,22 @@ def architecture_problems(
         saved: shapes of the saved weights, by the architecture's names.
         saved_config: what ``describe_architecture`` said when they were saved.
     """
-    problems = config_problems(describe_architecture(module), saved_config)
+    problems = config_problems(describe_architecture(module), _with_defaults(module, saved_config))
     shapes = {name: torch.empty(shape, device="meta") for name, shape in saved.items()}
     tensors = state_dict_problems(unwrap_module(module), shapes, "checkpoint")
     problems += tensors[:_MAX_SHOWN]
     if len(tensors) > _MAX_SHOWN:
         problems.append(Problem("weights", f"{len(tensors) - _MAX_SHOWN} more tensors differ"))
     return problems
+
+
+def _with_defaults(module: nn.Module, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A section ``model`` with the defaults of the keys that the version which saved it did not have yet."""
+    schema = type(unwrap_module(module).config)
+    try:
+        return schema.model_validate(dict(saved)).model_dump(mode="json")
+    except ValueError:  # of another architecture or a later version: its keys are compared as they are
+        return saved
 
 
 def config_problems(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[Problem]:

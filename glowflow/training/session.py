@@ -22,7 +22,7 @@ from glowflow.config.loader import load_config
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.core.allocator import keep_freed_memory
 from glowflow.core.batch import StepBatches
-from glowflow.core.model import read_single_file
+from glowflow.core.model import read_single_file, require_parametrization
 from glowflow.data.manifest import Manifest
 from glowflow.data.plan import Plan, eval_plan, plan
 from glowflow.training.callbacks import (
@@ -148,7 +148,7 @@ def run_worker(
             logger.warning(text)
     strategy = make_strategy(config.training.strategy, device=device, precision=config.training.precision)
     inputs = _inputs(config, sources, strategy, open_stream, open_eval_stream)
-    inputs.initial_state = None if resume else _initial_state(args.initial_weights)
+    inputs.initial_state = None if resume else _initial_state(config, args.initial_weights)
     inputs.stop_requested, inputs.extra, inputs.report = stop_requested, dict(args.extra), on_report
     built_in = _callbacks(config, run_dir, strategy, sink, on_checkpoint)
     loop = TrainLoop(config, run_dir=run_dir, strategy=strategy, inputs=inputs, callbacks=[*built_in, *callbacks])
@@ -189,8 +189,12 @@ def _set_threads(config: GlowFlowConfig, resume: Path | None, local_world_size: 
         logger.info("%d intra-op thread(s) per worker: %s", threads, reason)
 
 
-def _initial_state(path: str | None) -> Mapping[str, Tensor] | None:
-    return None if path is None else read_single_file(path)["state_dict"]
+def _initial_state(config: GlowFlowConfig, path: str | None) -> Mapping[str, Tensor] | None:
+    if path is None:
+        return None
+    content = read_single_file(path)
+    require_parametrization(config, content["config"], path)
+    return content["state_dict"]
 
 
 def _inputs(

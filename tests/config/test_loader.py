@@ -69,6 +69,78 @@ def test_optimizer_keys_can_be_overridden(given_optimizer: Any) -> None:
     assert optimizer.weight_decay == (0.0 if given_optimizer == {"weight_decay": 0.0} else 0.1)
 
 
+# What a section that sets AdamW's own keys says, and what another optimiser may keep of it: the weight decay.
+TUNED = {"training": {"optimizer": {"name": "adamw", "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.3}}}
+
+
+@pytest.mark.parametrize("source", [TUNED, apply_overrides(load_config(TUNED), ["training.lr=1e-2"])])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.optimizer.name=lion"],
+        ["training.optimizer.name=lion", "training.optimizer.weight_decay=1"],
+        {"training.optimizer.name": "lion"},
+    ],
+)
+def test_another_optimizer_by_name_does_not_inherit_what_was_set_for_the_one_before(
+    source: Any, overrides: Any
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(source, overrides)
+    (problem,) = error.value.problems
+    assert (problem.key, problem.value) == ("training.optimizer.name", "lion")
+    assert "set for adamw: betas ([0.9, 0.99]) and eps (1e-06)" in problem.rule
+    # eps is no key of Lion: setting it too would not help.
+    assert "training.optimizer=lion" in problem.hint and "training.optimizer.betas" not in problem.hint
+
+
+def test_a_key_that_the_new_optimizer_knows_may_be_set_with_its_name() -> None:
+    source = {"training": {"optimizer": {"betas": [0.9, 0.99]}}}
+    found = problems(source, "training.optimizer.name=lion", "training.lr=-1")
+    assert found["training.optimizer.name"].hint.endswith("or set training.optimizer.betas too")
+    assert set(found) == {"training.optimizer.name", "training.lr"}, "with everything else that is wrong"
+    both = ["training.optimizer.name=lion", "training.optimizer.betas=[0.95,0.98]"]
+    for overrides in (both, both[::-1]):
+        optimizer = load_config(source, overrides).training.optimizer
+        assert (optimizer.name, optimizer.model_dump()["betas"]) == ("lion", (0.95, 0.98))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.optimizer=lion"],
+        ["training.optimizer={name: lion}"],
+        ["training={optimizer: lion}"],
+        {"training.optimizer": "lion"},
+        {"training.optimizer": {"name": "lion"}},
+    ],
+)
+def test_another_optimizer_as_a_whole_begins_with_its_defaults(overrides: Any) -> None:
+    lion = load_config({"training": {"optimizer": "lion"}}).training.optimizer
+    assert load_config(TUNED, overrides).training.optimizer == lion
+
+
+def test_what_every_optimizer_has_stays_under_another_name() -> None:
+    source = {"training": {"optimizer": {"weight_decay": 0.3}}}
+    for base in (source, load_config(source)):
+        optimizer = load_config(base, ["training.optimizer.name=lion"]).training.optimizer
+        assert (optimizer.name, optimizer.weight_decay) == ("lion", 0.3)
+    same = load_config(TUNED, ["training.optimizer.name=adamw"]).training.optimizer
+    assert isinstance(same, AdamWConfig) and same.betas == (0.9, 0.99)
+
+
+def test_an_unknown_name_is_the_only_problem_of_its_section() -> None:
+    assert set(problems(TUNED, "training.optimizer.name=lyon")) == {"training.optimizer.name"}
+    assert set(problems(TUNED, "training=7")) == {"training"}
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_in_a_mapping_a_section_comes_before_its_keys(turn: int) -> None:
+    pairs = [("training.optimizer", "lion"), ("training.optimizer.weight_decay", 1.0)][::turn]
+    optimizer = load_config(TUNED, dict(pairs)).training.optimizer
+    assert (optimizer.name, optimizer.weight_decay) == ("lion", 1.0)
+
+
 def test_override_values_are_yaml() -> None:
     config = load_config(
         None,

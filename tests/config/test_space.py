@@ -209,6 +209,103 @@ def test_bad_conditions(when: dict[str, Any], key: str, text: str) -> None:
     assert text in str(problem)
 
 
+# Each optimiser with rates and decays of its own.
+OPTIMIZERS = {
+    "training.lr": [
+        {"grid": [1e-3, 2e-3], "when": {"training.optimizer": "adamw"}},
+        {"grid": [1e-4, 2e-4, 4e-4], "when": {"training.optimizer": ["lion"]}},
+    ],
+    "training.optimizer.weight_decay": [
+        {"grid": [0.1, 0.3], "when": {"training.optimizer": "adamw"}},
+        {"grid": [1.0], "when": {"training.optimizer": "lion"}},
+    ],
+    "training.optimizer": {"grid": ["adamw", "lion"]},
+}
+
+
+def test_a_key_may_have_other_values_under_another_condition() -> None:
+    space = load_space({"space": OPTIMIZERS})
+    points = space.grid_points()
+    assert (space.searcher, space.size, space.num_points()) == (Searcher("grid"), 7, 7) and len(points) == 7
+    found = {(p["training.optimizer"], p["training.lr"], p["training.optimizer.weight_decay"]) for p in points}
+    adamw = {("adamw", lr, decay) for lr in (1e-3, 2e-3) for decay in (0.1, 0.3)}
+    assert found == adamw | {("lion", lr, 1.0) for lr in (1e-4, 2e-4, 4e-4)}
+    assert set(space.keys()) == set(OPTIMIZERS) and space.numeric("training.lr")
+    assert Space.from_dict(json.loads(json.dumps(space.to_dict(), sort_keys=True))) == space
+    tuned = load_config({"training": {"optimizer": {"name": "adamw", "betas": [0.9, 0.99]}, "warmup_steps": 10}})
+    assert check_space(space, tuned) == [], "a named optimiser begins with its defaults, whatever the config had set"
+
+
+def test_every_value_of_every_entry_is_held_against_the_config() -> None:
+    entries: list[dict[str, Any]] = [
+        {"grid": [1e-3], "when": {"training.optimizer": "adamw"}},
+        {"grid": [1e-3, 2e-3, -1], "when": {"training.optimizer": "lion"}},
+    ]
+    with pytest.raises(ConfigError, match=r"space\.training\.lr: the config refuses training.lr=-1"):
+        check_space(load_space({"space": {**OPTIMIZERS, "training.lr": entries}}), CONFIG)
+
+
+def test_random_points_of_several_entries_and_learning_searchers_know_the_key() -> None:
+    rates = [
+        {"loguniform": [1e-3, 1e-2], "when": {"training.optimizer": "adamw"}},
+        {"loguniform": [1e-5, 1e-4], "when": {"training.optimizer": "lion"}},
+    ]
+    space = load_space(of({"training.optimizer": {"choice": ["adamw", "lion"]}, "training.lr": rates}))
+    assert space.log_scaled("training.lr") and space.size is None
+    seen = set()
+    for index in range(40):
+        point = space.draw(RandomDraw(0, index))
+        assert set(point) == {"training.optimizer", "training.lr"}
+        assert (point["training.lr"] < 5e-4) == (point["training.optimizer"] == "lion")
+        seen.add(point["training.optimizer"])
+    assert seen == {"adamw", "lion"}
+
+
+@pytest.mark.parametrize(
+    ("second", "key", "text"),
+    [
+        ({"choice": [2]}, "space.training.lr[1]", "may be there together with space.training.lr[0]"),
+        ({"choice": [2], "when": {"training.optimizer": ["adamw", "lion"]}}, "space.training.lr[1]", "together"),
+        ({"choice": [2], "when": {"training.schedule": "wsd"}}, "space.training.lr[1]", "same key, with other values"),
+        ({"choise": [2]}, "space.training.lr[1].choise", "did you mean 'choice'"),
+        ({"choice": [2], "when": {"training.optimizer": 3}}, "space.training.lr[1].when.training.optimizer", "value 3"),
+    ],
+)  # fmt: skip
+def test_entries_that_do_not_exclude_each_other_are_refused(second: Any, key: str, text: str) -> None:
+    first = {"choice": [1], "when": {"training.optimizer": "adamw"}}
+    others = {"training.optimizer": {"choice": ["adamw", "lion"]}, "training.schedule": {"choice": ["wsd", "cosine"]}}
+    ((found, problem),) = problems(of({**others, "training.lr": [first, second]})).items()
+    assert found == key and text in str(problem)
+
+
+def test_a_condition_may_read_a_key_that_has_several_entries() -> None:
+    dimensions = {
+        "model.depth": {"choice": [1, 2]},
+        "training.schedule": [
+            {"choice": ["wsd"], "when": {"model.depth": 1}},
+            {"choice": ["cosine", "wsd"], "when": {"model.depth": 2}},
+        ],
+        "training.decay_fraction": {"choice": [0.1, 0.2], "when": {"training.schedule": "wsd"}},
+    }
+    assert load_space(of(dimensions, searcher="grid")).size == len(load_space(of(dimensions)).grid_points()) == 5
+    dimensions["training.decay_fraction"]["when"] = {"training.schedule": "linear"}  # type: ignore[call-overload, index]
+    ((key, problem),) = problems(of(dimensions)).items()
+    assert key == "space.training.decay_fraction.when.training.schedule"
+    assert "space.training.schedule[0], space.training.schedule[1] never has the value linear" in str(problem)
+
+
+def test_an_optimizer_as_a_mapping_is_its_name_and_its_keys() -> None:
+    mapping = {"name": "lion", "weight_decay": 1.0}
+    flat = {"training.optimizer": "lion", "training.optimizer.weight_decay": 1.0}
+    assert load_space({"variants": {"lion": {"training.optimizer": mapping}}}).variants["lion"] == flat
+    assert load_space({"variants": {"lion": {"training": {"optimizer": mapping}}}}).variants["lion"] == flat
+    space = load_space({"space": {"training.optimizer": {"grid": ["adamw", mapping]}}})
+    assert space.grid_points() == [{"training.optimizer": "adamw"}, flat]
+    assert load_space(of(LR, set={"training.optimizer": mapping})).fixed == flat
+    twice = {"training.optimizer": mapping, "training.optimizer.name": "adamw"}
+    assert "set twice" in str(problems({"variants": {"lion": twice}})["variants.lion.training.optimizer.name"])
+
+
 def test_conditions_in_a_circle() -> None:
     circle = {"a.x": ("a.y", 1), "a.y": ("a.z", 1), "a.z": ("a.x", 1)}
     found = problems(of({key: {"choice": [1], "when": {other: value}} for key, (other, value) in circle.items()}))

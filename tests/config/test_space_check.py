@@ -84,6 +84,24 @@ def test_what_a_config_refuses(raw: Any, key: str, text: str) -> None:
     assert text in str(problem)
 
 
+@pytest.mark.parametrize(
+    ("raw", "place"),
+    [
+        ({"variants": {"a": {"training.optimizer.name": "lion"}}}, "variants.a.training.optimizer.name"),
+        ({"space": {"training.optimizer.name": {"grid": ["adamw", "lion"]}}}, "space.training.optimizer.name"),
+        (of(LR, set={"training.optimizer.name": "lion"}), "set.training.optimizer.name"),
+    ],
+)
+def test_another_optimizers_name_over_keys_that_the_config_sets(raw: Any, place: str) -> None:
+    tuned = apply_overrides(CONFIG, {"training.optimizer.betas": [0.8, 0.9]})
+    with pytest.raises(ConfigError) as error:
+        check_space(load_space(raw), tuned)
+    ((key, problem),) = by_key(error.value).items()
+    assert key == place and "training.optimizer=lion" in problem.hint
+    assert "training.optimizer.name=lion: would give lion what is set for adamw: betas ([0.8, 0.9])" in problem.rule
+    assert check_space(load_space(raw), CONFIG) == [], "where nothing is set there is nothing to inherit"
+
+
 def test_only_the_product_shows_that_two_ranges_do_not_fit() -> None:
     found = refused(of({"training.lr": {"loguniform": [1e-4, 1e-2]}, "training.min_lr": {"choice": [0, 1e-3]}}))
     text = str(found["space.training.min_lr"])

@@ -183,7 +183,7 @@ def test_every_shipped_space_fits_its_config(repository: Path) -> None:
         assert space.num_points() is not None
         assert Space.from_dict(json.loads(json.dumps(space.to_dict()))) == space
         names.add(space.name)
-    assert names >= {"lr", "lr_wd", "schedule", "shape", "batch", "variants", "shape_search"}
+    assert names >= {"lr", "lr_wd", "schedule", "shape", "batch", "variants", "shape_search", "optimizer"}
 
 
 def test_every_shipped_space_opens_with_its_question_and_its_command(repository: Path) -> None:
@@ -226,6 +226,30 @@ def test_batches_see_equal_tokens_and_the_same_validation(repository: Path) -> N
     assert {training.batch_size * training.max_steps for training in trainings} == {16 * 200}
     assert {training.batch_size * (training.val_batches or 0) for training in trainings} == {160}
     assert {training.max_steps // training.warmup_steps for training in trainings} == {10}
+
+
+def test_the_optimizers_get_eight_points_each(repository: Path) -> None:
+    space = load_space(repository / "tune_spaces" / "optimizer.yaml")
+    config = load_config(repository / "configs" / "shakespeare_char.yaml")
+    points = space.grid_points()
+    assert (space.size, space.num_points(), len(points)) == (48, 48, 48)
+    assert len({json.dumps(point, sort_keys=True) for point in points}) == 48
+    configs = [apply_overrides(config, {**space.fixed, **point}) for point in points]
+    found: dict[str, set[tuple[float, float]]] = {}
+    for one in configs:
+        training = one.training
+        found.setdefault(training.optimizer.name, set()).add((training.lr, training.optimizer.weight_decay))
+        assert (training.schedule, training.min_lr, one.data.dataset) == ("linear", 0.0, "tinyshakespeare-tune")
+        assert (training.max_steps, training.batch_size) == (500, config.training.batch_size)
+    assert set(found) == {"adamw", "lion", "adan", "sophia-g", "sophia-h", "muon"}
+    for pairs in found.values():
+        rates, decays = {lr for lr, _ in pairs}, {decay for _, decay in pairs}
+        assert pairs == {(lr, decay) for lr in rates for decay in decays} and (len(rates), len(decays)) == (4, 2)
+    # Of a named optimiser nothing is left that the config had set for AdamW.
+    own = {one.training.optimizer.name: one.training.optimizer for one in configs}
+    for name in ("lion", "adan", "sophia-g", "sophia-h"):
+        defaults = load_config({"training": {"optimizer": name}}).training.optimizer
+        assert own[name] == defaults.model_copy(update={"weight_decay": own[name].weight_decay})
 
 
 def test_the_shipped_numbers_that_the_documents_quote(repository: Path) -> None:

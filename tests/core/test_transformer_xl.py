@@ -410,7 +410,8 @@ def test_generation_reads_the_whole_prompt_and_has_no_end() -> None:
 def test_without_memory_generation_starts_afresh_when_the_context_is_full() -> None:
     module = make(memory=0)
     assert module.new_cache(1, 8).max_length == 8
-    assert len(list(generate(module, text_of(1, 29)[0].tolist(), 12, 8, SamplingOptions(temperature=0)))) == 12
+    prompt, greedy = text_of(1, 29)[0].tolist(), SamplingOptions(temperature=0)
+    assert len(list(generate(module, prompt, 12, 8, greedy, truncate_prompt=True))) == 12
 
 
 def test_training_goes_on_after_sampling() -> None:

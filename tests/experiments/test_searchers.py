@@ -47,6 +47,10 @@ RICH = {
     "model": {"choice": [{"dim": 128}, {"dim": 128, "depth": 6}, {"dim": 160, "depth": 4, "ffn": {"mult": 2}}]},
     "training.min_lr": {"grid": [1e-4, 1e-3]},
     "tracking.tags": {"choice": [["a"], ["a", "b"]]},
+    "training.decay_fraction": [
+        {"loguniform": [0.1, 0.3], "when": {"training.schedule": "cosine"}},
+        {"choice": [0.5, 0.7], "when": {"training.schedule": "constant"}},
+    ],
 }
 GRID = {
     "training.schedule": {"grid": ["cosine", "constant"]},
@@ -151,6 +155,7 @@ def test_a_point_is_found_again_by_its_answers(index: int) -> None:
         ("training.schedule", "wsd"), ("training.grad_clip", 0.25), ("training.grad_clip", True),
         ("training.batch_size", 12), ("training.batch_size", 72), ("training.batch_size", 16.0),
         ("training.warmup_steps", False), ("model.dim", 160), ("tracking.tags", ["b"]),
+        ("training.decay_fraction", 0.5),
     ],
 )  # fmt: skip
 def test_a_point_out_of_range_has_no_answers(key: str, value: Any) -> None:
@@ -158,7 +163,7 @@ def test_a_point_out_of_range_has_no_answers(key: str, value: Any) -> None:
     point = {
         "training.lr": 0.01, "training.optimizer.weight_decay": 0, "training.schedule": "cosine",
         "training.warmup_steps": None, "training.grad_clip": 0.3, "training.batch_size": 16, "model.dim": 128,
-        "model.depth": 6, "training.min_lr": 0.001, "tracking.tags": ["a", "b"],
+        "model.depth": 6, "training.min_lr": 0.001, "tracking.tags": ["a", "b"], "training.decay_fraction": 0.2,
     }  # fmt: skip
     assert answers_of(space, point) is not None
     assert answers_of(space, {**point, key: value}) is None

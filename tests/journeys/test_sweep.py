@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -242,6 +243,34 @@ def test_a_population_copies_weights_over_more_than_one_generation(home: Path, c
         set={"training.max_steps": 75, "training.schedule": "constant"},
     )
     assert_population(run_here(home, space, "pbt"), home, "pbt")
+
+
+@pytest.mark.timeout(240)
+def test_a_population_whose_time_is_up_ends_by_itself(
+    home: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a round some trials are paused until the others come, who never will."""
+    from glowflow.orchestration.sweep import stop
+
+    def clock() -> float:
+        # An hour has passed as soon as one trial is paused, however long this machine took for that.
+        paused = any(event["event"] == "reported" for event in events(home, "budget"))
+        return time.monotonic() + 3600.0 * paused
+
+    monkeypatch.setattr(stop, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(stop, "_DRAIN_SECONDS", 4.0)
+    space = write_space(
+        home,
+        "budget",
+        space=LR,
+        trials=4,
+        scheduler={"name": "pbt", "interval_steps": 5},
+        set={"training.max_steps": 100_000, "training.schedule": "constant"},
+        time_budget="1h",
+    )
+    state = run_here(home, space, "budget", "tracking.backend=jsonl")
+    assert (state.status, state.why) == ("STOPPED", "the time budget of 3600 s is used up")
+    assert {trial.status for trial in state.trials.values()} == {"KILLED"}, "none runs, and all may go on later"
 
 
 @pytest.mark.slow

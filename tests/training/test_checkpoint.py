@@ -19,7 +19,7 @@ from glowflow.training.checkpoint import (
     read_extra,
     verify,
 )
-from glowflow.training.flat_state import optimizer_tensors
+from glowflow.training.flat_state import architecture_problems, describe_architecture, optimizer_tensors
 from glowflow.training.markers import checkpoint_path
 from tests.training.distributed import run_workers
 from tests.training.small_trainer import BATCH, CPU, Trainer, assert_equal, small_config
@@ -161,6 +161,16 @@ def test_what_does_not_alter_the_function_may_change(trained: Trainer, saved: Pa
     other = Trainer(dropout=0.1, init_std=0.5, attention={"backend": "reference"})
     other.store(saved.parent.parent).load(saved, other.module, other.optimizer)
     assert_equal(trained.state(), other.state())
+
+
+def test_keys_that_came_after_the_checkpoint_count_with_their_defaults(trained: Trainer) -> None:
+    shapes = {name: value.shape for name, value in trained.module.state_dict().items()}
+    saved = describe_architecture(trained.module)
+    old = {key: value for key, value in saved.items() if key not in ("mup", "norm", "bias")}
+    assert architecture_problems(trained.module, shapes, old) == []
+    (problem,) = architecture_problems(trained.module, shapes, {**old, "rope_theta": 5.0})
+    assert problem.key == "model.rope_theta"
+    assert architecture_problems(Trainer(norm="layernorm").module, shapes, old)[0].key == "model.norm"
 
 
 def test_another_optimiser_is_refused(trained: Trainer, saved: Path, tmp_path: Path) -> None:

@@ -147,6 +147,14 @@ def test_weights_of_a_file_are_where_training_starts(manifest: Manifest, tmp_pat
     assert losses[0] < math.log(257) - 0.1, "training went on from trained weights"
 
 
+def test_weights_of_another_parametrisation_are_no_start(manifest: Manifest, tmp_path: Path) -> None:
+    first = work(arguments(manifest, tmp_path / "a", training__max_steps=1, training__val_batches=1))
+    args = arguments(manifest, tmp_path / "b", model__mup=True, model__base_dim=8)
+    args.initial_weights = first["exports"][0]
+    with pytest.raises(CheckpointError, match="are from under the standard parametrisation"):
+        work(args)
+
+
 def test_a_manifest_without_validation_split_trains_without(
     manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -66,7 +66,7 @@ def check_space(space: Space, config: GlowFlowConfig) -> list[str]:
 
 
 def _visit_space(space: Space, report: _Report) -> None:
-    owners = {flat: key for key, dimension in space.dimensions.items() for flat in dimension.keys(key)}
+    owners = space.owners()
     known: set[str] = set()
 
     def look(point: Point, source: Scripted | None) -> None:

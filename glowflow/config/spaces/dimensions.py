@@ -11,7 +11,7 @@ from glowflow.config.errors import Problem
 from glowflow.config.spaces.draws import Draw, num_steps
 from glowflow.config.spaces.values import close_to, flatten, is_number, is_whole, plain, same, show, strange
 
-__all__ = ["Dimension", "Kind", "faults", "read_dimension"]
+__all__ = ["Dimension", "Kind", "faults", "key_of", "read_dimension"]
 
 Kind = Literal["uniform", "loguniform", "randint", "choice", "grid"]
 _KINDS: tuple[str, ...] = get_args(Kind)
@@ -36,20 +36,27 @@ class Dimension:
     values: tuple[Any, ...] = ()
     when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
-    def draw(self, key: str, source: Draw) -> Any:
+    def draw(self, place: str, source: Draw) -> Any:
         """Its value at a point; a section's mapping stays one."""
         if self.kind in _LISTS:
-            return source.choice(key, self.values)
+            return source.choice(place, self.values)
         if self.kind == "randint":
-            return source.randint(key, self.low, self.high, self.step or 1)
+            return source.randint(place, self.low, self.high, self.step or 1)
         if self.kind == "loguniform":
-            return source.loguniform(key, self.low, self.high)
-        return source.uniform(key, self.low, self.high, self.step)
+            return source.loguniform(place, self.low, self.high)
+        return source.uniform(place, self.low, self.high, self.step)
 
     def active(self, params: Mapping[str, Any]) -> bool:
         """Whether a point, as far as it is drawn, has this dimension."""
         return all(
             key in params and any(same(params[key], value) for value in values) for key, values in self.when.items()
+        )
+
+    def excludes(self, other: Dimension) -> bool:
+        """Whether a condition of each keeps the two from being there at the same point."""
+        return any(
+            key in other.when and not any(same(a, b) for a in values for b in other.when[key])
+            for key, values in self.when.items()
         )
 
     @property
@@ -83,6 +90,11 @@ class Dimension:
         if self.when:
             body["when"] = {key: list(values) for key, values in self.when.items()}
         return body
+
+
+def key_of(place: str) -> str:
+    """The config key of a dimension by its place in the file: `training.lr`, or `training.lr[1]` of several."""
+    return place.partition("[")[0]
 
 
 def faults(dimension: Dimension) -> Iterator[str]:
@@ -132,14 +144,14 @@ def _step_faults(dimension: Dimension) -> Iterator[str]:
         )
 
 
-def read_dimension(key: str, body: Any) -> tuple[Dimension | None, list[Problem]]:
+def read_dimension(place: str, body: Any) -> tuple[Dimension | None, list[Problem]]:
     """One entry of ``space:``, with all that is wrong with it.
 
     Args:
-        key: the dotted config key.
+        place: the dotted config key, with a number where several entries stand under it.
         body: what stands there: a mapping with one kind, and `step` and `when` where they are wanted.
     """
-    where = f"space.{key}"
+    where, key = f"space.{place}", key_of(place)
     form = f"must be a mapping with one of {', '.join(_KINDS)}, as in {{uniform: [0, 1]}}"
     if not isinstance(body, Mapping):
         hint = "write {choice: [...]}" if isinstance(body, list) else "a fixed value belongs under `set`"

@@ -21,7 +21,10 @@ Point = dict[str, Any]
 
 
 class Draw(Protocol):
-    """Answers what value a key has at one point. Both bounds are included."""
+    """Answers what value a key has at one point. Both bounds are included.
+
+    A key that a file gives several dimensions is asked for by the place of the one that the point has, `KEY[1]`.
+    """
 
     def uniform(self, key: str, low: float, high: float, step: float | None = None) -> float:
         """A number between two; with ``step``, one of low, low + step, ..., high."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from glowflow.config.spaces.dimensions import Dimension
+from glowflow.config.spaces.dimensions import Dimension, key_of
 from glowflow.config.spaces.draws import Draw, Point, walk
 from glowflow.config.spaces.program import Program
 from glowflow.config.spaces.settings import VARIANTS, Scheduler, Searcher
@@ -32,7 +32,8 @@ class Space:
         metrics: what is measured; the first one is what searcher and scheduler go by.
         modes: `min` or `max` for each.
         fixed: dotted key -> value that every trial has.
-        dimensions: dotted key, or a section -> dimension; one that has conditions comes after those that it reads.
+        dimensions: dotted key, or a section -> dimension; one that has conditions comes after those that it reads. Of
+            several under one key, of which a point has at most one, the first stands at `KEY[0]`.
         variants: label -> point; when there are any, there are no dimensions and no program.
         searcher, scheduler: see there.
         trials: how many points; None: all of them.
@@ -98,8 +99,8 @@ class Space:
             return None
         # Only those that others depend on are walked through; the rest multiply.
         asked = {key for dimension in self.dimensions.values() for key in dimension.when}
-        heads = {key: d for key, d in self.dimensions.items() if asked & set(d.keys(key))}
-        leaves = [d for key, d in self.dimensions.items() if key not in heads]
+        heads = {place: d for place, d in self.dimensions.items() if asked & set(d.keys(key_of(place)))}
+        leaves = [d for place, d in self.dimensions.items() if place not in heads]
         return sum(
             math.prod(leaf.size or 1 for leaf in leaves if leaf.active(point))
             for point, _ in walk(lambda source: draw_dimensions(heads, source))
@@ -115,6 +116,11 @@ class Space:
     def keys(self) -> list[str]:
         """Every key that a point may hold."""
         return list(self.scales)
+
+    def owners(self) -> dict[str, str]:
+        """Key that a point may hold -> the key under `space` whose dimensions set it."""
+        places = self.dimensions.items()
+        return {flat: key_of(place) for place, dimension in places for flat in dimension.keys(key_of(place))}
 
     def numeric(self, key: str) -> bool:
         """Whether all values of a key are numbers."""
@@ -168,9 +174,20 @@ class Space:
         if self.variants:
             content["variants"] = {label: dict(params) for label, params in self.variants.items()}
         elif self.program is None:
-            content["space"] = {key: dimension.to_dict() for key, dimension in self.dimensions.items()}
+            content["space"] = self._entries()
         # A JSON file may be sorted on its way.
-        return {**content, "order": list(self.variants or self.dimensions)}
+        return {**content, "order": list(self.variants or self._entries())}
+
+    def _entries(self) -> dict[str, Any]:
+        """``space:`` as a file has it."""
+        entries: dict[str, Any] = {}
+        for place, dimension in self.dimensions.items():
+            key = key_of(place)
+            if place == key:
+                entries[key] = dimension.to_dict()
+            else:
+                entries.setdefault(key, []).append(dimension.to_dict())
+        return entries
 
 
 def digest_of(content: Mapping[str, Any], program: Program | None) -> str:
@@ -187,9 +204,9 @@ _MAY_CHANGE = ("trials", "concurrency", "time_budget", "max_failed")
 def draw_dimensions(dimensions: Mapping[str, Dimension], source: Draw) -> Point:
     """One point of these dimensions, which stand in an order in which conditions can be judged."""
     point: Point = {}
-    for key, dimension in dimensions.items():
+    for place, dimension in dimensions.items():
         if dimension.active(point):
-            point.update(flatten(key, dimension.draw(key, source)))
+            point.update(flatten(key_of(place), dimension.draw(place, source)))
     return point
 
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from glowflow.config.errors import ConfigError, GlowFlowError, Problem
 from glowflow.config.spaces.dimensions import Dimension, faults
 from glowflow.config.spaces.draws import Draw, Point
-from glowflow.config.spaces.values import flatten, overlap, same, show, strange
+from glowflow.config.spaces.values import clash, flatten, same, show, strange
 
 __all__ = ["Program", "load_program"]
 
@@ -181,7 +181,7 @@ def _point(result: Any, asked: _Asked, path: str) -> Point:
     problems = [
         Problem(key, "is returned twice, once inside of a section", point[key])
         for key in point
-        if sum(overlap(key, other) for other, _ in pairs) > 1
+        if sum(clash(key, other) for other, _ in pairs) > 1
     ]
     for name, value in asked.drawn.items():
         missing = [key for key, item in flatten(name, value) if key not in point or not same(point[key], item)]

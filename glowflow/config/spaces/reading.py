@@ -13,7 +13,7 @@ from typing import Any
 
 from glowflow.config.errors import ConfigError, Problem
 from glowflow.config.schema import GlowFlowConfig
-from glowflow.config.spaces.dimensions import Dimension, read_dimension
+from glowflow.config.spaces.dimensions import Dimension, key_of, read_dimension
 from glowflow.config.spaces.draws import Point, RandomDraw, around
 from glowflow.config.spaces.model import Scale, Space, digest_of, scale_of
 from glowflow.config.spaces.program import Program
@@ -27,7 +27,7 @@ from glowflow.config.spaces.settings import (
     read_seeds,
     read_share,
 )
-from glowflow.config.spaces.values import close_to, flatten, overlap, show, strange
+from glowflow.config.spaces.values import clash, close_to, flatten, show, strange
 
 __all__ = ["TOP_KEYS", "read_back", "read_space"]
 
@@ -47,7 +47,7 @@ TOP_KEYS = (
 )
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_TAKEN = ("report", "sweep.json", "journal.jsonl")  # what a sweep's directory holds beside its trials
+_TAKEN = ("report", "sweep.json", "journal.jsonl", "best_full.yaml")  # what a sweep's directory holds beside its trials
 
 SEEN_DRAWS = 64
 """How many random points of a Python function are looked at to learn its keys."""
@@ -178,7 +178,7 @@ def _read_point(where: str, body: Any, problems: list[Problem]) -> Point:
             problems.append(Problem(f"{where}.{key}", why, value))
         else:
             pairs = list(flatten(key, value))
-            twice = [k for k, _ in pairs for other in point if overlap(k, other)]
+            twice = [k for k, _ in pairs for other in point if clash(k, other)]
             problems += [Problem(f"{where}.{k}", "is set twice, once inside of a section", value) for k in twice]
             point.update(pairs)
     return point
@@ -195,36 +195,58 @@ def _read_dimensions(raw: Mapping[str, Any], problems: list[Problem]) -> dict[st
     if not body:
         problems.append(Problem("space", "is empty: there is nothing to try"))
     found: dict[str, Dimension] = {}
+    complete = True
     for key, value in body.items():
-        if not _dotted(key):
+        if not _dotted(key) or "[" in key:
             problems.append(Problem(f"space.{key}", "must be a dotted key of the config", value))
+            complete = False
             continue
-        dimension, wrong = read_dimension(key, value)
-        problems += wrong
-        if dimension is not None:
-            found[key] = dimension
+        for place, one in _entries(key, value):
+            dimension, wrong = read_dimension(place, one)
+            problems += wrong
+            complete = complete and dimension is not None
+            if dimension is not None:
+                found[place] = dimension
     problems += _sets_twice(found)
-    if len(found) < len(body):
-        # A condition on a dimension that could not be read would only repeat its problem.
-        return found
-    return _sorted(found, problems)
+    # A condition on a dimension that could not be read would only repeat its problem.
+    return _sorted(found, problems) if complete else found
+
+
+def _entries(key: str, value: Any) -> list[tuple[str, Any]]:
+    """What stands under a key with its places: one dimension, or a list of several."""
+    if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+        return [(f"{key}[{number}]", one) for number, one in enumerate(value)]
+    return [(key, value)]
 
 
 def _sets_twice(dimensions: Mapping[str, Dimension]) -> Iterable[Problem]:
-    sets = [(key, flat) for key, dimension in dimensions.items() for flat in dimension.keys(key)]
-    for index, (key, flat) in enumerate(sets):
-        other = next((k for k, f in sets[:index] if k != key and overlap(f, flat)), None)
-        if other is not None:
-            yield Problem(f"space.{key}", f"sets {flat}, which space.{other} sets too")
+    sets = [(place, flat) for place, dimension in dimensions.items() for flat in dimension.keys(key_of(place))]
+    for index, (place, flat) in enumerate(sets):
+        for other, theirs in sets[:index]:
+            if other == place or not clash(theirs, flat):
+                continue
+            if key_of(other) != key_of(place):
+                yield Problem(f"space.{place}", f"sets {flat}, which space.{other} sets too")
+            elif not dimensions[place].excludes(dimensions[other]):
+                rule = f"may be there together with space.{other}"
+                hint = "give both a `when` on the same key, with other values"
+                yield Problem(f"space.{place}", rule, hint=hint)
+            else:
+                continue
+            break
 
 
 def _sorted(dimensions: dict[str, Dimension], problems: list[Problem]) -> dict[str, Dimension]:
-    """Each dimension after those that its conditions read, else in the order of the file."""
-    owners = {flat: key for key, dimension in dimensions.items() for flat in dimension.keys(key)}
-    graph: dict[str, list[str]] = {}
-    for key, dimension in dimensions.items():
-        graph[key] = [owners[name] for name in dimension.when if name in owners]
-        problems += _bad_conditions(key, dimension, dimensions, owners)
+    """Each key after those that its conditions read, else in the order of the file."""
+    owners: dict[str, list[str]] = {}
+    for place, dimension in dimensions.items():
+        for flat in dimension.keys(key_of(place)):
+            owners.setdefault(flat, []).append(place)
+    graph: dict[str, list[str]] = {key_of(place): [] for place in dimensions}
+    for place, dimension in dimensions.items():
+        read = [owner for name in dimension.when for owner in owners.get(name, [])]
+        graph[key_of(place)] += [key_of(owner) for owner in read]
+        problems += _bad_conditions(place, dimension, dimensions, owners)
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -232,36 +254,37 @@ def _sorted(dimensions: dict[str, Dimension], problems: list[Problem]) -> dict[s
         rule = f"conditions lead in a circle: {' needs '.join(cycle)}"
         problems.append(Problem(f"space.{cycle[0]}.when", rule))
         return dimensions
-    ordered: dict[str, Dimension] = {}
+    order: list[str] = []
 
-    def place(key: str) -> None:
+    def put(key: str) -> None:
         for parent in graph[key]:
-            place(parent)
-        ordered.setdefault(key, dimensions[key])
+            put(parent)
+        if key not in order:
+            order.append(key)
 
-    for key in dimensions:
-        place(key)
-    return ordered
+    for key in graph:
+        put(key)
+    return {place: dimensions[place] for key in order for place in dimensions if key_of(place) == key}
 
 
 def _bad_conditions(
-    key: str, dimension: Dimension, dimensions: Mapping[str, Dimension], owners: Mapping[str, str]
+    place: str, dimension: Dimension, dimensions: Mapping[str, Dimension], owners: Mapping[str, list[str]]
 ) -> Iterable[Problem]:
     for name, values in dimension.when.items():
-        where = f"space.{key}.when.{name}"
+        where = f"space.{place}.when.{name}"
         if name in dimensions and name not in owners:
             rule = "is a section: name one of the keys that its choices set"
             yield Problem(where, rule, hint=", ".join(dimensions[name].keys(name)))
         elif name not in owners:
             yield Problem(where, "is not a dimension of this space", hint=close_to(name, owners, "dimensions"))
-        elif dimensions[owners[name]].size is None:
-            yield Problem(where, f"space.{owners[name]} is continuous: it has no value to wait for", list(values))
+        elif endless := [owner for owner in owners[name] if dimensions[owner].size is None]:
+            yield Problem(where, f"space.{endless[0]} is continuous: it has no value to wait for", list(values))
         else:
-            owner = dimensions[owners[name]]
             for value in values:
-                if not owner.can_be(owners[name], name, value):
-                    rule = f"space.{owners[name]} never has the value {show(value)}"
-                    yield Problem(where, rule, hint=f"it is {show(owner.to_dict())}")
+                if not any(dimensions[owner].can_be(key_of(owner), name, value) for owner in owners[name]):
+                    rule = f"space.{', space.'.join(owners[name])} never has the value {show(value)}"
+                    body = ", ".join(show(dimensions[owner].to_dict()) for owner in owners[name])
+                    yield Problem(where, rule, hint=f"it is {body}")
 
 
 def _read_variants(raw: Mapping[str, Any], problems: list[Problem]) -> dict[str, Point]:
@@ -299,20 +322,25 @@ def _label_fault(label: object) -> str:
 
 def _fixed_twice(fixed: Point, dimensions: Mapping[str, Dimension], variants: Mapping[str, Point]) -> Iterable[Problem]:
     """``set`` is what every trial has, so nothing else may say otherwise."""
-    places = [(f"space.{key}", flat) for key, dimension in dimensions.items() for flat in dimension.keys(key)]
+    places = [
+        (f"space.{place}", flat) for place, dimension in dimensions.items() for flat in dimension.keys(key_of(place))
+    ]
     places += [(f"variants.{label}.{key}", key) for label, point in variants.items() for key in point]
     for where, key in places:
-        clash = next((name for name in fixed if overlap(name, key)), None)
-        if clash is not None:
-            yield Problem(where, f"is fixed for every trial by set.{clash}", fixed[clash])
+        other = next((name for name in fixed if clash(name, key)), None)
+        if other is not None:
+            yield Problem(where, f"is fixed for every trial by set.{other}", fixed[other])
 
 
 def _scales(dimensions: Mapping[str, Dimension], variants: Mapping[str, Point]) -> dict[str, Scale]:
-    scales: dict[str, Scale] = {}
-    for key, dimension in dimensions.items():
-        for flat in dimension.keys(key):
-            values = [v for value in dimension.values for k, v in flatten(key, value) if k == flat]
-            scales[flat] = scale_of(values, {dimension.kind})
+    values: dict[str, list[Any]] = {}
+    kinds: dict[str, set[str]] = {}
+    for place, dimension in dimensions.items():
+        for flat in dimension.keys(key_of(place)):
+            listed = [v for value in dimension.values for k, v in flatten(key_of(place), value) if k == flat]
+            values.setdefault(flat, []).extend(listed)
+            kinds.setdefault(flat, set()).add(dimension.kind)
+    scales = {flat: scale_of(found, kinds[flat]) for flat, found in values.items()}
     for key in dict.fromkeys(key for point in variants.values() for key in point):
         scales[key] = scale_of([point[key] for point in variants.values() if key in point], set())
     return scales

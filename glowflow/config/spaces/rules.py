@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from glowflow.config.errors import Problem
 from glowflow.config.schema import GlowFlowConfig
+from glowflow.config.spaces.dimensions import key_of
 from glowflow.config.spaces.model import Space
 from glowflow.config.spaces.settings import VARIANTS
 
-__all__ = ["doubts", "key_rules", "rules", "step_doubts", "step_rules"]
+__all__ = ["doubts", "key_rules", "places", "rules", "step_doubts", "step_rules"]
 
 MOST_GRID_POINTS = 100_000
 
@@ -18,14 +19,18 @@ _LARGER_IS_BETTER = ("tokens_per_second", "mfu", "goodput")
 _POPULATION = ("pbt", "pb2")
 
 
+def places(space: Space) -> list[tuple[str, str]]:
+    """(where it stands in the file, dotted config key) of everything that a space sets."""
+    found = [(f"set.{key}", key) for key in space.fixed]
+    owners = space.owners()
+    if not space.variants:
+        found += [(f"space.{owners.get(key, key)}", key) for key in space.keys()]
+    return found + [(f"variants.{label}.{key}", key) for label, point in space.variants.items() for key in point]
+
+
 def key_rules(space: Space) -> Iterator[Problem]:
     """Keys that a sweep sets itself, or that are about the whole sweep."""
-    places = [(f"set.{key}", key) for key in space.fixed]
-    owners = {flat: key for key, dimension in space.dimensions.items() for flat in dimension.keys(key)}
-    if not space.variants:
-        places += [(f"space.{owners.get(key, key)}", key) for key in space.keys()]
-    places += [(f"variants.{label}.{key}", key) for label, point in space.variants.items() for key in point]
-    for where, key in places:
+    for where, key in places(space):
         section = key.partition(".")[0]
         if section == "tracking" or (section == "resources" and key not in _RESOURCES):
             hint = "give it in the config or as key=value on the command line"
@@ -78,7 +83,7 @@ def _population_rules(space: Space) -> Iterator[Problem]:
         what = "named variants" if space.variants else "a Python space"
         yield Problem("scheduler", f"{name} changes values in mid-run and needs dimensions under `space`, not {what}")
         return
-    stiff = [key for key in space.dimensions if not _may_change(key)]
+    stiff = [place for place in space.dimensions if not _may_change(key_of(place))]
     if stiff:
         rule = f"{name} changes values in mid-run, which these do not take: {', '.join(stiff)}"
         hint = "it can change training.lr, training.min_lr, training.grad_clip, training.optimizer.*"

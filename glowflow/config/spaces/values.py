@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["close_to", "flatten", "is_number", "is_whole", "overlap", "plain", "same", "show", "strange"]
+__all__ = ["clash", "close_to", "flatten", "is_number", "is_whole", "overlap", "plain", "same", "show", "strange"]
+
+_OPTIMIZER = "training.optimizer"
 
 
 def is_number(value: object) -> bool:
@@ -59,10 +61,17 @@ def same(a: Any, b: Any) -> bool:
 
 
 def flatten(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """A section given as a mapping as one (dotted key, value) for each key in it; anything else as it is."""
+    """A section given as a mapping as one (dotted key, value) for each key in it; anything else as it is.
+
+    An optimiser given as a mapping with its ``name`` is that name alone, which begins with its defaults, and its keys.
+    """
     if isinstance(value, Mapping):
+        named = key == _OPTIMIZER and "name" in value
+        if named:
+            yield key, plain(value["name"])
         for name, item in value.items():
-            yield from flatten(f"{key}.{name}" if key else str(name), item)
+            if not (named and name == "name"):
+                yield from flatten(f"{key}.{name}" if key else str(name), item)
     else:
         yield key, plain(value)
 
@@ -70,6 +79,12 @@ def flatten(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 def overlap(a: str, b: str) -> bool:
     """Whether two dotted keys are the same, or one names a section that holds the other."""
     return a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.")
+
+
+def clash(a: str, b: str) -> bool:
+    """Whether two dotted keys cannot both be set: the name of an optimiser goes with the keys that it has."""
+    short, long = sorted((a, b), key=len)
+    return overlap(a, b) and (short != _OPTIMIZER or long in (_OPTIMIZER, f"{_OPTIMIZER}.name"))
 
 
 def show(value: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from glowflow.config.errors import ConfigError
 from glowflow.config.space import Space
+from glowflow.config.spaces.dimensions import key_of
 from glowflow.config.spaces.draws import at_step, num_steps
 from glowflow.config.spaces.values import flatten, is_number, is_whole, same
 
@@ -109,16 +110,16 @@ class _Retrace:
 
     def randint(self, key: str, low: int, high: int, step: int = 1) -> int:
         values = range(low, high + 1, step)
-        if not is_whole(self._params.get(key)):
+        if not is_whole(self._params.get(key_of(key))):
             raise self._not_here(key)
         return values[self._place(key, low, step, len(values))]
 
     def choice(self, key: str, values: Sequence[Any]) -> Any:
-        fits = [index for index, value in enumerate(values) if self._has(key, value)]
+        fits = [index for index, value in enumerate(values) if self._has(key_of(key), value)]
         if not fits:
             raise self._not_here(key)
         # Of two sections that both fit, the one that says more: {dim: 1} is also in {dim: 1, depth: 2}.
-        best = max(fits, key=lambda index: len(list(flatten(key, values[index]))))
+        best = max(fits, key=lambda index: len(list(flatten(key_of(key), values[index]))))
         self.answers.append((_choice(key, values), best))
         return values[best]
 
@@ -126,14 +127,14 @@ class _Retrace:
         return all(name in self._params and same(self._params[name], item) for name, item in flatten(key, value))
 
     def _number(self, question: Question, key: str) -> float:
-        value = self._params.get(key)
+        value = self._params.get(key_of(key))
         if not is_number(value) or not question.low <= float(value or 0) <= question.high:
             raise self._not_here(key)
         self.answers.append((question, float(value or 0)))
         return self.answers[-1][1]
 
     def _place(self, key: str, low: float, step: float, size: int) -> int:
-        value = self._params.get(key)
+        value = self._params.get(key_of(key))
         if not is_number(value):
             raise self._not_here(key)
         place, rest = divmod(Decimal(repr(value)) - Decimal(repr(low)), Decimal(repr(step)))
@@ -173,6 +174,6 @@ def questions_of(space: Space) -> list[Question]:
         questions.append(question)
         return question.low
 
-    for key, dimension in space.dimensions.items():
-        dimension.draw(key, Asker(note))
+    for place, dimension in space.dimensions.items():
+        dimension.draw(place, Asker(note))
     return [question for question in questions if question.high > question.low]

@@ -17,10 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glowflow.config.errors import Problem, RunError
-from glowflow.config.loader import apply_overrides, config_fingerprint, load_config, to_dict, to_yaml
+from glowflow.config.errors import GlowFlowError, Problem, RunError
+from glowflow.config.loader import apply_overrides, config_fingerprint, to_dict, to_yaml
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.config.space import Space, check_space, load_space
+from glowflow.config.spaces.proxy import Proxy
 from glowflow.experiments.journal import (
     Journal,
     SweepState,
@@ -31,6 +32,7 @@ from glowflow.experiments.journal import (
 )
 from glowflow.experiments.searchers import make_strategy, replay, warm_start
 from glowflow.experiments.status import live_step
+from glowflow.experiments.winner import FULL_WIDTH_NAME, config_of, write_full_width
 from glowflow.orchestration import cluster
 from glowflow.orchestration.interrupts import Interrupts
 from glowflow.orchestration.progress import Progress, make_progress
@@ -109,6 +111,7 @@ def resume_sweep(
     space: str | None = None,
     overrides: Sequence[str] = (),
     changes: Mapping[str, Any] | None = None,
+    proxy: str | None = None,
     verbose: bool = False,
     progress: Any = None,
 ) -> SweepState:
@@ -116,7 +119,7 @@ def resume_sweep(
 
     Args:
         sweep: its name or directory.
-        config, space, overrides: may be given again, and must then say what they said.
+        config, space, overrides, proxy: may be given again, and must then say what they said.
         changes: of the space's settings; trials, time_budget, max_failed and concurrency may change.
 
     Raises:
@@ -124,9 +127,9 @@ def resume_sweep(
     """
     sweep_dir = find_sweep(storage, sweep)
     state = read_journal(sweep_dir)
-    base = load_config(state.about["config"])
+    base = config_of(state)
     stored = Space.from_dict(state.about["space"])
-    check_same(state, config, space, overrides)
+    check_same(state, config, space, overrides, proxy)
     loaded = load_space(stored, changes or {})
     problems = [
         Problem(f"--{key}", "cannot change in a resumed sweep")
@@ -137,7 +140,8 @@ def resume_sweep(
         raise RunError(problems)
     check_space(loaded, base)
     shared = apply_overrides(base, loaded.fixed)
-    prepared = Prepared(base, loaded, settle_here(base, shared, loaded, sweep_dir), [])
+    narrow = Proxy.from_dict(state.about.get("proxy"))
+    prepared = Prepared(base, loaded, settle_here(base, shared, loaded, sweep_dir), [], narrow)
     if not has_work_left(prepared, state):
         hint = f"`glowflow sweep report {sweep_dir.name}` shows it; --trials N adds points"
         raise RunError(Problem("resume", "the sweep has nothing left to do", sweep_dir.name, hint))
@@ -156,6 +160,8 @@ def _about(prepared: Prepared, command: Sequence[str], resumed: int) -> dict[str
     return {
         "name": settings.sweep_dir.name,
         "config": to_dict(prepared.config),
+        "given": prepared.config.model_dump(mode="json", exclude_unset=True),
+        "proxy": None if prepared.proxy is None else prepared.proxy.to_dict(),
         "space": space.to_dict(),
         "config_fingerprint": config_fingerprint(prepared.config),
         "max_steps": shared.training.max_steps,
@@ -234,6 +240,8 @@ def _open_tracking(prepared: Prepared, about: Mapping[str, Any]) -> SweepTrackin
 
     sweep_dir, space = prepared.settings.sweep_dir, prepared.space
     tags = {"searcher": space.searcher.name, "scheduler": space.scheduler.name, "space": space.name}
+    if prepared.proxy is not None:
+        tags["proxy"] = str(prepared.proxy)
     return open_sweep_tracking(
         sweep_dir,
         name=sweep_dir.name,
@@ -360,13 +368,21 @@ def _silent_tune() -> Iterator[None]:
 
 
 def _finish(sweep_dir: Path, tracking: SweepTracking | None, status: str, display: Progress) -> None:
-    """Remove Tune's files, write the report, close the parent run. None of it may lose what was measured."""
+    """Remove Tune's files, write the winner of a proxy and the report, close the parent run.
+
+    None of it may lose what was measured.
+    """
     from glowflow.experiments.report import write_report
 
     shutil.rmtree(sweep_dir / _TUNE_FOLDER, ignore_errors=True)
     shutil.rmtree(sweep_dir / SPECS, ignore_errors=True)
     (sweep_dir / STOP_FILE).unlink(missing_ok=True)
     state = read_journal(sweep_dir)
+    try:
+        write_full_width(sweep_dir)
+    except (GlowFlowError, OSError) as error:
+        hint = f"try `glowflow runs best {sweep_dir.name} --export FILE`"
+        display.note(f"warning: no {FULL_WIDTH_NAME}: {_first_line(error)}; {hint}")
     try:
         write_report(sweep_dir)
     except Exception as error:  # a figure that cannot be drawn must not leave the family open

@@ -11,6 +11,7 @@ from glowflow.config.errors import ConfigError, Problem, RunError
 from glowflow.config.loader import apply_overrides, config_fingerprint, load_config, to_dict
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.config.space import Space, check_space, load_space
+from glowflow.config.spaces.proxy import Proxy, make_proxy, transfer_doubts, transfer_rules
 from glowflow.experiments.journal import SweepState, find_sweep, read_journal
 from glowflow.experiments.searchers import history_of_sweep, make_strategy
 from glowflow.orchestration import cluster, preflight
@@ -37,10 +38,19 @@ class Prepared:
         space: the space, with the command line's changes.
         settings: resources and intervals.
         warnings: for the user.
+        proxy: the narrow model that ``config`` has in place of the user's own; None: it has the user's.
     """
 
-    def __init__(self, config: GlowFlowConfig, space: Space, settings: SweepSettings, warnings: Sequence[str]) -> None:
+    def __init__(
+        self,
+        config: GlowFlowConfig,
+        space: Space,
+        settings: SweepSettings,
+        warnings: Sequence[str],
+        proxy: Proxy | None = None,
+    ) -> None:
         self.config, self.space, self.settings, self.warnings = config, space, settings, list(warnings)
+        self.proxy = proxy
 
     @property
     def max_steps(self) -> int:
@@ -65,6 +75,7 @@ def prepare_sweep(
     changes: Mapping[str, Any] | None = None,
     *,
     name: str | None = None,
+    proxy: str | None = None,
 ) -> Prepared:
     """Load and check everything that this machine can tell.
 
@@ -72,12 +83,18 @@ def prepare_sweep(
         config: the experiment. overrides: ``key=value`` changes of it, for every trial.
         space: what to search. changes: of its settings: trials, seeds, time_budget, ...
         name: of the sweep; default: config, space and the time.
+        proxy: ``width=128``: trials train a narrow model, whose winner is exported at the config's own width.
 
     Raises:
-        GlowFlowError: with all problems of the config, the space or the resources.
+        GlowFlowError: with all problems of the config, the proxy, the space or the resources.
     """
     base, loaded = load_config(config, overrides), load_space(space, changes or {})
-    warnings = check_space(loaded, base)
+    narrow: Proxy | None = None
+    if proxy is None:
+        warnings = check_space(loaded, base)
+    else:
+        narrow, warnings = _check_proxy(base, loaded, proxy)
+        base = apply_overrides(base, narrow.changes)
     shared = apply_overrides(base, loaded.fixed)
     joined = cluster.ray_address(shared) is not None
     warnings += preflight.preflight(shared, local=not joined and shared.resources.workers == 1, new_run=False)
@@ -90,7 +107,23 @@ def prepare_sweep(
         hint = f"choose another, or go on with `glowflow sweep --resume {name}`"
         raise RunError(Problem("--name", "a sweep or run of this name exists", name, hint))
     settings = settle_here(base, shared, loaded, sweep_dir)
-    return Prepared(base, loaded, settings, warnings)
+    return Prepared(base, loaded, settings, warnings, narrow)
+
+
+def _check_proxy(config: GlowFlowConfig, space: Space, text: str) -> tuple[Proxy, list[str]]:
+    """The proxy that is asked for and warnings; what is wrong with it and with the space comes out at once."""
+    proxy, problems = make_proxy(config, text)
+    problems += transfer_rules(space)
+    warnings = list(transfer_doubts(space))
+    try:
+        # Without a proxy the space is still held against something.
+        warnings += check_space(space, config if proxy is None else apply_overrides(config, proxy.changes))
+    except ConfigError as error:
+        unknown = {found.key for found in error.problems if found.rule.endswith("not a known key")}
+        problems = [*(found for found in problems if found.key not in unknown), *error.problems]
+    if proxy is None or problems:
+        raise ConfigError(problems, f"--proxy {text}")
+    return proxy, warnings
 
 
 def settle_here(base: GlowFlowConfig, shared: GlowFlowConfig, space: Space, sweep_dir: Path) -> SweepSettings:
@@ -116,10 +149,19 @@ def settle_on_cluster(prepared: Prepared, shared: GlowFlowConfig) -> SweepSettin
     return settle(prepared.config, prepared.space, sweep_dir, cpus=cpus, gpus=gpus, accelerator=accelerator)
 
 
-def check_same(state: SweepState, config: str | None, space: str | None, overrides: Sequence[str]) -> None:
+def check_same(
+    state: SweepState, config: str | None, space: str | None, overrides: Sequence[str], text: str | None = None
+) -> None:
+    """Refuse to go on with another config, space or proxy (``text``); what is None is the sweep's own."""
     problems = []
+    proxy = Proxy.from_dict(state.about.get("proxy"))
+    if text is not None:
+        own = None if proxy is None else f"width={proxy.width}"
+        if text.replace(" ", "") != own:
+            rule = f"differs from that of the sweep, which has {own or 'none'}"
+            problems.append(Problem("--proxy", rule, text, "leave it out to go on with the sweep's own"))
     if config is not None:
-        given = config_fingerprint(load_config(config, overrides))
+        given = config_fingerprint(apply_overrides(load_config(config, overrides), proxy.changes if proxy else {}))
         if given != state.about["config_fingerprint"]:
             rule = "differs from the config that the sweep was begun with"
             problems.append(Problem("CONFIG", rule, config, "leave it out to go on with the sweep's own"))

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,21 +32,7 @@ every_sort = pytest.mark.parametrize("sort", SORTS.values(), ids=SORTS.keys())
 MOE: dict[str, Any] = {"model__moe__experts": 4, "model__moe__active": 2, "model__moe__balance": 0.1}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    if dist.is_initialized():  # the group of one that fsdp starts
-        dist.destroy_process_group()
-
-
-@pytest.fixture
-def float64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config_of(sort: dict[str, Any], *, every: int = 4, rows: int | None = None, **more: Any) -> GlowFlowConfig:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glowflow.config.errors import CheckpointError, RunError
@@ -19,22 +18,7 @@ from glowflow.training.markers import checkpoint_path
 from glowflow.training.precision import LossScaler
 from tests.training.small_run import make_loop, make_rows, optimizer_state, small_config, stream, train, weights
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    if dist.is_initialized():  # the group of one that fsdp starts
-        dist.destroy_process_group()
-
-
-@pytest.fixture
-def float64() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gradients_of_first_step(config: Any, run_dir: Path) -> tuple[list[torch.Tensor], float]:

@@ -83,16 +83,38 @@ def test_a_local_run_with_dropout_that_was_killed_ends_as_if_nothing_had_been(ho
     assert_same_run(home / "runs" / "whole-dropout", resumed)
 
 
+ESTIMATES = {"hessian_interval": 7, "hessian_batch_size": 3}
+"""Checkpoints are written every 10 steps of 60, none of them at a multiple of 7."""
+
+
 @pytest.mark.journey
-def test_a_run_that_was_killed_between_two_estimates_of_the_hessian_ends_as_if_nothing_had_been(home: Path) -> None:
-    """Checkpoints are written at steps that are no multiples of the interval."""
-    optimizer = {"name": "sophia-g", "hessian_interval": 7, "hessian_batch_size": 3}
-    config = write_config(home, "sophia", model__dropout=0.1, training__optimizer=optimizer)
-    done = glowflow("train", config, "tracking.run=whole-sophia", "--local", cwd=home)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param({"name": "sophia-g", **ESTIMATES}, id="sophia-g"),
+        *(
+            pytest.param(optimizer, id=optimizer["name"], marks=pytest.mark.slow)
+            for optimizer in (
+                {"name": "sophia-h", **ESTIMATES, "hvp": "exact"},
+                {"name": "lion"},
+                {"name": "adan"},
+                {"name": "muon"},
+            )
+        ),
+    ],
+)
+def test_a_run_with_any_optimizer_that_was_killed_ends_as_if_nothing_had_been(
+    home: Path, optimizer: dict[str, Any]
+) -> None:
+    """Sophia's between two estimates of the Hessian."""
+    name = optimizer["name"]
+    config = write_config(home, name, model__dropout=0.1, training__optimizer=optimizer)
+    done = glowflow("train", config, f"tracking.run=whole-{name}", "--local", cwd=home)
     assert done.returncode == 0, done.stderr
-    resumed = kill_and_resume(home, config, "killed-sophia", "--local", processes=1)
-    assert_same_run(home / "runs" / "whole-sophia", resumed)
-    assert any(tensor.endswith(".hessian") for tensor in checkpoint_tensors(resumed, STEPS))
+    resumed = kill_and_resume(home, config, f"killed-{name}", "--local", processes=1)
+    assert_same_run(home / "runs" / f"whole-{name}", resumed)
+    state = {tensor.rpartition(".")[2] for tensor in checkpoint_tensors(resumed, STEPS)}
+    assert ("hessian" in state) == ("hessian_interval" in optimizer)
 
 
 @pytest.mark.journey

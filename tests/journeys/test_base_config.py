@@ -20,7 +20,7 @@ from tests.journeys.support import ROOT, glowflow, write_corpus
 
 GIB = 2**30
 BASE = ROOT / "configs" / "base.yaml"
-SMALL = ("training.optimizer=adamw", "training.batch_size=2", "data.tokenizer=bytes", "data.context=128")
+SMALL = ("training.batch_size=2", "data.tokenizer=bytes", "data.context=128")
 
 
 def test_it_is_planned_and_described_without_memory(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_the_first_example_runs_verbatim_up_to_the_missing_gpu(tmp_path: Path) -
 def test_the_first_example_runs_in_small_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(BASE.parent)
-    small = ["model.dim=32", "model.depth=2", "model.heads=2", "model.memory=32", "data.context=32", *SMALL[1:3]]
+    small = ["model.dim=32", "model.depth=2", "model.heads=2", "model.memory=32", "data.context=32", *SMALL[:2]]
     options: dict[str, Any] = {
         "data.cache_dir": str(tmp_path / "cache"),
         "tracking.backend": "jsonl",

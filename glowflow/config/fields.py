@@ -160,7 +160,7 @@ def suggest(key: str, candidates: list[str]) -> str:
     """The known key that an unknown one most likely means, or an empty string.
 
     A slip inside the right section comes first (`model.dept`), then the right name in a wrong section or in none
-    (`lr`, `model.lr`), then anything that looks alike as a whole (`trainng.lr`).
+    (`lr`, `model.lr`), then, where there is no such section, anything that looks alike as a whole (`trainng.lr`).
     """
     indices = re.findall(r"\.(\d+)(?=\.)", key)
     generic = re.sub(r"\.\d+(?=\.)", "[]", key)
@@ -174,7 +174,8 @@ def suggest(key: str, candidates: list[str]) -> str:
     elif same_leaf:
         found = min(same_leaf, key=lambda c: (-difflib.SequenceMatcher(None, generic, c).ratio(), c))
     else:
-        found = next(iter(difflib.get_close_matches(generic, candidates, n=1, cutoff=0.8)), "")
+        # In a section that exists, keys look alike as wholes for its name's sake: `training.optimizer.rho` is no `eps`.
+        found = "" if siblings else next(iter(difflib.get_close_matches(generic, candidates, n=1, cutoff=0.8)), "")
     for index in indices:
         found = found.replace("[]", f".{index}", 1)
     return found

@@ -45,6 +45,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 FORMAT = "glowflow-model-1"
+_IMPORT = "`glowflow import` reads weights of llama2.c and Hugging Face"
 
 
 def architecture_class(arch: str) -> type[BaseArchitecture]:
@@ -437,7 +438,7 @@ def read_single_file(path: str | Path) -> dict[str, Any]:
     wanted: dict[str, Any] = {"config": dict, "step": int, "state_dict": dict, "tokenizer": (dict, type(None))}
     if content.get("format") != FORMAT or not all(isinstance(content.get(k), t) for k, t in wanted.items()):
         raise CheckpointError(
-            Problem(str(path), f"is not a GlowFlow model file of format {FORMAT}", content.get("format"))
+            Problem(str(path), f"is not a GlowFlow model file of format {FORMAT}", content.get("format"), _IMPORT)
         )
     if _digest(content["state_dict"]) != content.get("digest"):
         raise CheckpointError(Problem(str(path), "is corrupt: the weights do not match the digest stored with them"))
@@ -457,7 +458,10 @@ def _digest(state: Mapping[str, Tensor]) -> str:
 def _read_pt(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except pickle.UnpicklingError as error:  # torch's own message recommends to load it without `weights_only`
+        rule = "is corrupt or no model file: it holds something other than tensors and plain values, or is cut off"
+        raise CheckpointError(Problem(str(path), rule, hint=_IMPORT)) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(Problem(str(path), f"is corrupt or no model file: {reason}")) from error
     return content if isinstance(content, dict) else {}

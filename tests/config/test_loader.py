@@ -194,6 +194,7 @@ def test_an_override_through_a_given_scalar_is_refused() -> None:
         ("training.learning_rate=1", "training.lr"),
         ("n_layer=4", "model.depth"),
         ("training.quantum=1", None),
+        ("training.optimizer.rho=1", None),
         ("lr=1", "training.lr"),
         ("model.lr=1", "training.lr"),
         ("checkpoint_interval=5", "training.checkpoint_interval"),
@@ -207,7 +208,7 @@ def test_did_you_mean(override: str, meant: str | None) -> None:
     (problem,) = problems(None, override).values()
     assert "not a known key" in problem.rule
     if meant is None:
-        assert "known here" in problem.hint and "lr" in problem.hint
+        assert problem.hint.startswith("known here: ")
     else:
         assert problem.hint == f"did you mean {meant!r}?"
 

@@ -77,7 +77,7 @@ def test_built_in_names_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_left_out_is_a_warning_before_and_a_clear_error_where_it_is_needed() -> None:
     warnings = "\n".join(validate_architecture(config(OnlyTrained)))
-    for limit in ("no flops_per_token", "cannot be evaluated", "cannot generate"):
+    for limit in ("no flops_per_token", "cannot be evaluated", "generates with --no-cache only"):
         assert limit in warnings
     module = OnlyTrained(Keys(arch="x", vocab_size=VOCABULARY))
     for call in (

@@ -54,7 +54,8 @@ class Trial:
             self._stir()
             self._evaluate()
         if type(self.module).decode is BaseArchitecture.decode:
-            self.findings.warn(f"{self.findings.owner} has no cached decoding (new_cache, decode): it cannot generate")
+            without = "has no cached decoding (new_cache, decode): it generates with --no-cache only"
+            self.findings.warn(f"{self.findings.owner} {without}")
         elif not (self.findings.of("decode") or self.findings.of("new_cache") or self.findings.of("logits")):
             with torch.inference_mode():
                 self._decode()

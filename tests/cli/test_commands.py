@@ -38,7 +38,7 @@ def test_help_lists_the_commands_and_imports_none_of_the_big_libraries() -> None
         assert f"\n  {name} " in done.stdout
 
 
-CONFIGS = ["quickstart", "shakespeare_char", "wikitext2", "lm_124m", "lm_350m", "lm_1b3", "lm_3b8"]
+CONFIGS = ["quickstart", "shakespeare_char", "shakespeare_muon", "wikitext2", "lm_124m", "lm_350m", "lm_1b3", "lm_3b8"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -93,7 +93,8 @@ def test_base_yaml_is_as_in_the_first_description(repository: Path) -> None:
 
 def test_the_shipped_configs_are_there() -> None:
     names = {path.stem for path in CONFIGS}
-    assert {"base", "quickstart", "shakespeare_char", "wikitext2", "lm_124m", "lm_350m", "lm_1b3", "lm_3b8"} <= names
+    texts = {"base", "quickstart", "shakespeare_char", "shakespeare_muon", "wikitext2"}
+    assert texts | {"lm_124m", "lm_350m", "lm_1b3", "lm_3b8"} <= names
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

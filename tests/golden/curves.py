@@ -22,6 +22,7 @@ FOLDER = Path(__file__).parent
 CASES: dict[str, tuple[str, list[str]]] = {
     "quickstart": ("configs/quickstart.yaml", ["training.batch_size=4", "training.strategy=auto"]),
     "shakespeare_char": ("configs/shakespeare_char.yaml", []),
+    "shakespeare_muon": ("configs/shakespeare_muon.yaml", []),
     "wikitext2": ("configs/wikitext2.yaml", ["training.batch_size=4", "data.context=64"]),
 }
 

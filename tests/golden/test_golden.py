@@ -9,7 +9,7 @@ import pytest
 from tests.golden.curves import CASES, FOLDER, load, run_case
 
 STEPS = 20
-NEEDS_DATA = {"shakespeare_char", "wikitext2"}
+NEEDS_DATA = {"shakespeare_char", "shakespeare_muon", "wikitext2"}
 
 
 @pytest.mark.parametrize("name", CASES)

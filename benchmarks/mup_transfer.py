@@ -113,7 +113,7 @@ def draw(curves: dict[tuple[int, bool], Curve], path: Path) -> Path:
         axes = figure.subplots()
         for (width, mup), curve in sorted(curves.items()):
             colour, line, marker = ("#6B7280", "-", "^") if width == narrow_width else looks[mup]
-            label = f"width {width}, " + ("both" if width == narrow_width else "maximal-update" if mup else "standard")
+            label = f"width {width}" + ("" if width == narrow_width else ", µP" if mup else ", standard")
             means = np.array([np.mean(losses) for losses in curve.values()])
             spread = np.array([(means[i] - min(v), max(v) - means[i]) for i, v in enumerate(curve.values())]).T
             axes.errorbar(

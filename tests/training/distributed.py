@@ -62,8 +62,9 @@ def run_workers(
         sender.close()  # ours; the worker's own end stays open, so its death reads as end of file
     try:
         receivers = [receiver for receiver, _ in pipes]
-        _collect(receivers, processes, START_SECONDS)
-        outcomes = _collect(receivers, processes, timeout)
+        outcomes = _collect(receivers, processes, START_SECONDS)
+        if all(started for started, _ in outcomes):
+            outcomes = _collect(receivers, processes, timeout)
     finally:
         for process in processes:
             process.kill()

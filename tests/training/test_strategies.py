@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -412,8 +413,10 @@ def test_one_worker_without_a_process_group(name: str, no_group_left: None, one_
 
 
 def worker_fails() -> None:
+    dist.barrier()  # a group whose other end is gone before it is up would be another failure
     if dist.get_rank() == 1:
         raise ValueError("rank 1 has enough")
+    time.sleep(0.5)  # until the other has left the barrier too
     os._exit(7)
 
 

@@ -32,7 +32,7 @@ class ArchitectureConfig(StrictModel):
     )
 
     @property
-    def layout(self) -> Literal["packed", "lanes"]:
+    def layout(self) -> Literal["packed", "lanes", "bucketed"]:
         """What `data.layout` is by default; an architecture that needs `lanes` carries memory between sequences."""
         return "packed"
 
@@ -320,6 +320,6 @@ class TransformerXLConfig(DecoderConfig):
         return self.memory if self.eval_memory is None else self.eval_memory
 
     @property
-    def layout(self) -> Literal["packed", "lanes"]:
+    def layout(self) -> Literal["packed", "lanes", "bucketed"]:
         """Memory is of use only where a sequence goes on where the one before it ended."""
         return "lanes" if max(self.memory, self.evaluation_memory) else "packed"

@@ -68,11 +68,14 @@ def walk(schema: type[BaseModel], prefix: str = "") -> Iterator[Key]:
 
 
 def nested_model(annotation: Any) -> type[BaseModel] | None:
-    """The schema behind an annotation that is a section, or a list of sections, else None."""
+    """The schema behind an annotation that is a section (or null), or a list of sections, else None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if typing.get_origin(annotation) in (typing.Annotated, list):
         return nested_model(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        sections = [nested_model(member) for member in typing.get_args(annotation) if member is not type(None)]
+        return sections[0] if len(sections) == 1 else None
     return None
 
 

@@ -29,7 +29,15 @@ _OPTIMIZER = "training.optimizer"
 
 # Keys that change where and how often something is written, or how data travel, but no number of the training.
 _NOT_IN_FINGERPRINT: dict[str, tuple[str, ...]] = {
-    "data": ("cache_dir", "on_bad_file", "prefetch_items", "steps_per_item", "verify"),
+    "data": (
+        "cache_dir",
+        "max_bad_fraction",
+        "on_bad_file",
+        "parallel_items",
+        "prefetch_items",
+        "steps_per_item",
+        "verify",
+    ),
     "training": (
         "checkpoint_interval",
         "export_interval",

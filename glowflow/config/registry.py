@@ -113,6 +113,11 @@ ARCHITECTURES.register(
     schema="glowflow.config.architectures:TransformerXLConfig",
     target="glowflow.core.architectures.transformer_xl:TransformerXL",
 )
+ARCHITECTURES.register(
+    "multimodal",
+    schema="glowflow.config.multimodal:MultimodalConfig",
+    target="glowflow.core.architectures.multimodal:Multimodal",
+)
 
 OPTIMIZERS = Registry("optimizer", "glowflow.optimizers")
 OPTIMIZERS.register(

@@ -15,6 +15,8 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from glowflow.config.architectures import ArchitectureConfig
 from glowflow.config.base import StrictModel
 from glowflow.config.errors import Problem, RuleError
+from glowflow.config.media import MODALITIES, AudioConfig, ImageConfig, ModalityWeights
+from glowflow.config.multimodal import MultimodalConfig
 from glowflow.config.optimizers import OptimizerConfig
 from glowflow.config.selection import select_architecture, select_optimizer
 
@@ -37,12 +39,29 @@ class SourceConfig(StrictModel):
     weight: float = Field(1.0, gt=0, description="Share of the sequences, relative to the other sources.")
 
 
+class ColumnsConfig(StrictModel):
+    """Names of the columns (Parquet, CSV, TSV, JSONL) or file suffixes (WebDataset) of a sample's parts."""
+
+    text: str | None = Field(
+        None, description="Text or conversation; default: `text`, `caption`, `txt`, `messages` ..."
+    )
+    image: str | None = Field(None, description="Picture or list of pictures; default: `image`, `images`, `jpg` ...")
+    audio: str | None = Field(None, description="Recording or list of them; default: `audio`, `wav` ...")
+    label: str | None = Field(None, description="Class of the sample; default: `label`.")
+    group: str | None = Field(
+        None, description="What samples belong together (a speaker, a recording): intervals resample whole groups."
+    )
+
+
 class DataConfig(StrictModel):
     """What the model reads."""
 
     dataset: str = Field(
         "python-stdlib",
-        description="Catalogue name, built data directory (with manifest.json), or path to text, JSONL, Parquet.",
+        description=(
+            "Catalogue name, built data directory (with manifest.json), path to text, pictures, recordings, JSONL, "
+            "Parquet or WebDataset, or hf://datasets/OWNER/NAME."
+        ),
     )
     sources: list[SourceConfig] = Field(
         default_factory=list,
@@ -51,17 +70,63 @@ class DataConfig(StrictModel):
     tokenizer: str = Field(
         "auto",
         description=(
-            "`auto` (the dataset's own), `bytes`, `chars`, `words`, `bpe`, `bpe:VOCAB_SIZE`, or the path of a "
-            "tokenizer.json, or of llama2.c's tokenizer.bin."
+            "`auto` (the dataset's own), `bytes`, `chars`, `words`, `words:VOCAB_SIZE`, `bpe`, `bpe:VOCAB_SIZE`, or "
+            "the path of a tokenizer.json, or of llama2.c's tokenizer.bin."
         ),
     )
     context: int = Field(256, ge=2, description="Sequence length in tokens.")
-    layout: Literal["packed", "lanes"] | None = Field(
+    layout: Literal["packed", "lanes", "bucketed"] | None = Field(
         None,
         description=(
             "`packed`: shuffled documents cut into sequences; `lanes`: contiguous streams, one per sequence of the "
-            "batch, for architectures with memory. Default: what the architecture needs."
+            "batch, for architectures with memory; `bucketed`: one sample per sequence, those of similar length and "
+            "modalities together, for data with media. Default: what the architecture needs."
         ),
+    )
+    columns: ColumnsConfig = Field(
+        default_factory=lambda: ColumnsConfig(), description="Where a sample's parts are found in the source's files."
+    )
+    prompt: str | None = Field(
+        None,
+        description=(
+            "Text before the sample's text, on which there is no loss: `<image> {question}`. `{name}` stands for a "
+            "column; `<image>` and `<audio>` for media, in their order. Default: one placeholder per medium."
+        ),
+    )
+    template: str | None = Field(
+        None, description="The sample's text, as in `prompt`: `{answer}`. Default: the text column as it is."
+    )
+    image: ImageConfig = Field(default_factory=ImageConfig, description="How pictures are prepared.")
+    audio: AudioConfig = Field(default_factory=AudioConfig, description="How recordings are prepared.")
+    on_bad_sample: Literal["error", "skip", "blank"] = Field(
+        "error",
+        description=(
+            "A picture or recording that cannot be used: `error` stops, naming it; `skip` leaves the sample out when "
+            "the data set is built; `blank` keeps its place with weight 0. One that fails only later becomes a blank "
+            "with both."
+        ),
+    )
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="Stop when a larger share of the samples is bad (beyond the first ten)."
+    )
+    on_long_sample: Literal["error", "truncate"] = Field(
+        "error", description="A sample longer than `context`: stop, naming the length, or cut off its end."
+    )
+    loss_weights: ModalityWeights = Field(
+        default_factory=ModalityWeights, description="Weights of the loss by what is predicted."
+    )
+    prompt_loss: bool = Field(False, description="Count the loss of `prompt` too.")
+    modality_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="In training, probability that a sample loses a modality, drawn from (seed, epoch, sample).",
+    )
+    without: list[Literal["image", "audio"]] = Field(
+        default_factory=list, description="Modalities that are left out of every sample, in training and evaluation."
+    )
+    pairing: Literal["matched", "shuffled"] = Field(
+        "matched", description="`shuffled`: each sample gets the media of another one, for controls."
     )
     window_tokens: int = Field(
         4_194_304,
@@ -81,6 +146,11 @@ class DataConfig(StrictModel):
     )
     steps_per_item: int = Field(32, ge=1, description="Optimiser steps of batches that one Ray Data item carries.")
     prefetch_items: int = Field(2, ge=1, description="Items that Ray Data keeps ready per worker.")
+    parallel_items: int | None = Field(
+        None,
+        ge=1,
+        description="Items that a worker's Ray tasks prepare at once; default: 1, with media 2 over the workers.",
+    )
     verify: Literal["size", "hash"] = Field(
         "hash",
         description="How shards are checked against the manifest before training.",
@@ -90,7 +160,10 @@ class DataConfig(StrictModel):
     @classmethod
     def _tokenizer(cls, value: str) -> str:
         kind, colon, size = value.partition(":")
-        if kind == "bpe" and colon:
+        if kind == "words" and colon:
+            if not size.isdecimal() or int(size) < 2:
+                raise ValueError("`words:VOCAB_SIZE` needs a whole number of at least 2, as in words:4000")
+        elif kind == "bpe" and colon:
             # 256 bytes and <|endoftext|> are always there.
             if not size.isdecimal() or int(size) < 257:
                 raise ValueError("`bpe:VOCAB_SIZE` needs a whole number of at least 257, as in bpe:4096")
@@ -302,6 +375,7 @@ class GlowFlowConfig(StrictModel):
             problems.append(
                 Problem("data.layout", rule, "packed", f"leave it out, or {without}", related=("model.arch",))
             )
+        problems += self._media_problems()
         longest = self.model.longest_context
         if longest is not None and self.data.context > longest:
             rule = f"must be at most {longest}: the model has no more positions"
@@ -311,8 +385,23 @@ class GlowFlowConfig(StrictModel):
             raise RuleError(problems)
         return self
 
+    def _media_problems(self) -> list[Problem]:
+        """What the model's modalities and the data section say of each other."""
+        if not isinstance(self.model, MultimodalConfig):
+            return []
+        problems = []
+        if self.data.layout not in (None, "bucketed"):
+            rule = "must be bucketed for arch multimodal: a sample with its media is one sequence"
+            problems.append(Problem("data.layout", rule, self.data.layout, "leave it out", related=("model.arch",)))
+        for name in MODALITIES:
+            weighted = getattr(self.data.loss_weights, name) > 0
+            if weighted and (self.model.task != "language_modelling" or name not in self.model.modalities):
+                rule = f"has no effect: the model predicts no {name} placeholders"
+                problems.append(Problem(f"data.loss_weights.{name}", rule, getattr(self.data.loss_weights, name)))
+        return problems
+
     @property
-    def layout(self) -> Literal["packed", "lanes"]:
+    def layout(self) -> Literal["packed", "lanes", "bucketed"]:
         """How the data are cut into rows: `data.layout`, or what the architecture needs."""
         return self.data.layout or self.model.layout
 

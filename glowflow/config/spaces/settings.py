@@ -34,6 +34,8 @@ METRICS = (
     "val_loss",
     "perplexity",
     "val_bits_per_byte",
+    "val_accuracy",
+    "val_recall_at_1",
     "train_loss",
     "grad_norm",
     "lr",

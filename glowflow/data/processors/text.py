@@ -314,15 +314,23 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenizer:
             return BpeTokenizer(spec["tokenizer_json"], spec.get("vocab_size"))
         if kind == "llama2c":
             return _llama2c(base64.b64decode(spec["tokenizer_bin"]))
+        if kind == "media":
+            return _media(spec)
     except KeyError as error:
         raise DataError(Problem("tokenizer", f"the spec lacks the field {error}")) from error
-    raise DataError(Problem("tokenizer.kind", f"must be one of {', '.join(KINDS)}, llama2c", kind))
+    raise DataError(Problem("tokenizer.kind", f"must be one of {', '.join(KINDS)}, llama2c, media", kind))
 
 
 def _llama2c(content: bytes) -> Tokenizer:
     from glowflow.data.processors.llama2c import Llama2cTokenizer
 
     return Llama2cTokenizer(content)
+
+
+def _media(spec: Mapping[str, Any]) -> Tokenizer:
+    from glowflow.data.processors.media_text import media_tokenizer_from_spec
+
+    return media_tokenizer_from_spec(dict(spec))
 
 
 def parse_request(request: str) -> tuple[str, int | None, Path | None]:

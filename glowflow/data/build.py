@@ -24,8 +24,10 @@ from glowflow.config.errors import DataError, Problem
 from glowflow.config.schema import DataConfig
 from glowflow.data.datasets.catalogue import resolve, resolve_parquet
 from glowflow.data.datasets.source import Source
+from glowflow.data.fitting import fit_tokenizer, request_key, suited_tokenizer
 from glowflow.data.manifest import MANIFEST_NAME, Manifest, RowGroupInfo, ShardInfo, SplitInfo
-from glowflow.data.processors.text import Tokenizer, load_tokenizer_file, parse_request, train_tokenizer
+from glowflow.data.processors.text import Tokenizer
+from glowflow.data.sample_build import check_bad_share, media_facts
 from glowflow.data.shards import ROW_GROUP_TOKENS
 from glowflow.data.units import (
     STATE_DIR,
@@ -34,16 +36,14 @@ from glowflow.data.units import (
     load_state,
     plan_units,
     run_unit,
-    training_texts,
     write_json,
 )
 
-__all__ = ["BPE_TRAINING_BYTES", "FORMAT", "BuildOptions", "Progress", "build", "build_key", "fit_tokenizer"]
+__all__ = ["FORMAT", "BuildOptions", "Progress", "build", "build_key"]
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the same source and options give other shards
-BPE_TRAINING_BYTES = 50_000_000
 _SHOWN_PROBLEMS = 50
 Progress = Callable[[int, int, int], None]  # (units done, units in all, tokens so far)
 
@@ -114,16 +114,22 @@ def build(
     with _exclusive(target):
         done = _finished(target, key)
         if done is not None:
+            check_bad_share(done.media, config.max_bad_fraction)
             return done
         kept = _start_or_go_on(target, key, source, tokenizer, options, units)
         results = _run(target, units, kept, use_ray, progress)
+        if source.samples is not None:  # what is done stays: with a larger share it goes on
+            check_bad_share(media_facts(results), config.max_bad_fraction)
         return _commit(target, key, source, options, units, results)
 
 
 def build_key(source: Source, tokenizer: Tokenizer | str, options: BuildOptions) -> str:
     """sha256 of everything that decides the shards: contents, splits, tokenizer and options."""
-    wanted = _request_key(source, tokenizer) if isinstance(tokenizer, str) else f"fingerprint:{tokenizer.fingerprint}"
-    facts = [
+    if isinstance(tokenizer, str):
+        wanted = request_key(source, tokenizer)
+    else:
+        wanted = f"fingerprint:{suited_tokenizer(source, tokenizer).fingerprint}"
+    facts: list[Any] = [
         FORMAT,
         source.name,
         source.digest,
@@ -132,29 +138,9 @@ def build_key(source: Source, tokenizer: Tokenizer | str, options: BuildOptions)
         options.row_group_tokens,
         options.index_only,
     ]
+    if source.samples is not None:
+        facts.append(source.samples.to_dict())
     return hashlib.sha256(json.dumps([*facts, options.on_bad_file]).encode()).hexdigest()
-
-
-def _request_key(source: Source, request: str) -> str:
-    kind, size, path = parse_request(source.tokenizer if request == "auto" else request)
-    if path is not None:
-        return f"fingerprint:{load_tokenizer_file(path).fingerprint}"
-    return f"trained:{kind}:{size}"
-
-
-def fit_tokenizer(source: Source, request: str) -> Tokenizer:
-    """The tokenizer that a request stands for, trained on the training split (BPE: on at most 50 MB of it).
-
-    Raises:
-        DataError: the request is not understood, or its file is no tokenizer.
-    """
-    kind, size, path = parse_request(source.tokenizer if request == "auto" else request)
-    if path is not None:
-        return load_tokenizer_file(path)
-    if kind != "bytes":
-        logger.info("training the tokenizer %s on %s", kind if size is None else f"{kind}:{size}", source.name)
-    limit = BPE_TRAINING_BYTES if kind == "bpe" else None
-    return train_tokenizer(kind, training_texts(source, limit), size)
 
 
 def _units(source: Source, out: Path, options: BuildOptions) -> list[Unit]:
@@ -248,7 +234,7 @@ def _start_or_go_on(
     taken = [name for name in shards if (out / name).exists()]
     if taken:
         raise DataError(Problem(str(out), "holds files with the names of shards that no build wrote", taken[:5]))
-    ready = fit_tokenizer(source, tokenizer) if isinstance(tokenizer, str) else tokenizer
+    ready = fit_tokenizer(source, tokenizer) if isinstance(tokenizer, str) else suited_tokenizer(source, tokenizer)
     content = {
         "key": key,
         "tokenizer": ready.spec(),
@@ -257,6 +243,8 @@ def _start_or_go_on(
         "row_group_tokens": options.row_group_tokens,
         "on_bad_file": options.on_bad_file,
     }
+    if source.samples is not None:
+        content["samples"] = source.samples.to_dict()
     write_json(state_file, content)
     return {}
 
@@ -322,7 +310,7 @@ def _run(
 
 def _tokens(result: dict[str, Any]) -> int:
     shard = result.get("shard")
-    return sum(tokens for _, tokens in shard["row_groups"]) if shard else 0
+    return sum(group[1] for group in shard["row_groups"]) if shard else 0
 
 
 def _commit(
@@ -333,7 +321,8 @@ def _commit(
     splits = {split: _split_info([r for r in results if r["split"] == split]) for split in source.splits}
     splits = {name: info for name, info in splits.items() if info.rows}
     if "train" not in splits:
-        raise DataError(Problem("data.dataset", "the corpus is empty: its training split has no tokens", source.name))
+        what = "no tokens" if source.samples is None else "no samples that can be used"
+        raise DataError(Problem("data.dataset", f"the corpus is empty: its training split has {what}", source.name))
     manifest = Manifest(
         name=source.name,
         root=out,
@@ -342,6 +331,7 @@ def _commit(
         token_dtype=str(tokenizer.dtype),
         splits=splits,
         source={**_source_facts(source, results), "build_key": key, **_index_facts(results)},
+        media=media_facts(results) if source.samples is not None else {},
         index_only=options.index_only,
     )
     manifest.save()
@@ -354,7 +344,7 @@ def _split_info(results: Sequence[dict[str, Any]]) -> SplitInfo:
     for result in results:
         if (shard := result["shard"]) is None:
             continue
-        groups = [RowGroupInfo(rows, tokens) for rows, tokens in shard["row_groups"]]
+        groups = [RowGroupInfo(*group) for group in shard["row_groups"]]
         rows, tokens = sum(group.rows for group in groups), sum(group.tokens for group in groups)
         shards.append(ShardInfo(shard["path"], shard["bytes"], shard["sha256"], rows, tokens, groups))
     return SplitInfo(

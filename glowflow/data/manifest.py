@@ -41,10 +41,11 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class RowGroupInfo:
-    """One Parquet row group: its rows, and the sum of their ``num_tokens``."""
+    """One Parquet row group: its rows, the sum of their ``num_tokens``, and the bytes of their media."""
 
     rows: int
     tokens: int
+    media_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Manifest:
         token_dtype: unsigned type of the column ``tokens``.
         splits: split name -> shards and totals.
         source: origin, licence, counts, skipped files.
-        media: raw facts of images and audio (empty for text).
+        media: what samples there are, their labels, what was bad (empty for text).
         index_only: the shards are somebody else's Parquet files that stay untouched.
     """
 
@@ -158,6 +159,11 @@ class Manifest:
         content = asdict(self)
         del content["root"]
         content["tokenizer"] = content.pop("tokenizer_spec")
+        for split in content["splits"].values():
+            for shard in split["shards"]:
+                for group in shard["row_groups"]:
+                    if not group["media_bytes"]:  # manifests of text know nothing of media
+                        del group["media_bytes"]
         return content
 
     def save(self) -> Path:
@@ -262,7 +268,14 @@ def _shard(value: Mapping[str, Any]) -> ShardInfo:
         sha256=str(value["sha256"]),
         rows=_count(value, "rows"),
         tokens=_count(value, "tokens"),
-        row_groups=[RowGroupInfo(_count(group, "rows"), _count(group, "tokens")) for group in value["row_groups"]],
+        row_groups=[
+            RowGroupInfo(
+                _count(group, "rows"),
+                _count(group, "tokens"),
+                _count(group, "media_bytes") if "media_bytes" in group else 0,
+            )
+            for group in value["row_groups"]
+        ],
     )
 
 

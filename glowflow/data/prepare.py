@@ -7,18 +7,23 @@ from pathlib import Path
 from typing import Literal
 
 from glowflow.config.errors import DataError, Problem
+from glowflow.config.media import MODALITIES
 from glowflow.config.schema import DataConfig
 from glowflow.data.build import BuildOptions, Progress, build, build_key
-from glowflow.data.datasets.catalogue import CATALOGUE, cache_root, is_ready, resolve
+from glowflow.data.datasets.catalogue import CATALOGUE, cache_root, has_media, is_here, resolve
+from glowflow.data.datasets.entry import Entry
 from glowflow.data.datasets.source import Source
 from glowflow.data.manifest import MANIFEST_NAME, Manifest
+from glowflow.data.processors.media_text import MediaTokenizer
 from glowflow.data.processors.text import (
     DEFAULT_BPE_VOCAB,
     ByteTokenizer,
     Tokenizer,
     load_tokenizer_file,
     parse_request,
+    spec_fingerprint,
 )
+from glowflow.data.sample_build import check_bad_share
 
 __all__ = ["check_tokenizer", "ensure_built", "expected_vocabulary", "find_built", "load_built"]
 
@@ -92,7 +97,7 @@ def find_built(config: DataConfig) -> list[tuple[Manifest, float]] | None:
     tokenizer: Tokenizer | None = None
     found: list[tuple[Manifest, float]] = []
     for name, weight in _wanted(config):
-        if name in CATALOGUE and not is_ready(CATALOGUE[name], config):
+        if not is_here(name, config):
             return None
         source = resolve(name, config)
         out = source.built or _cache_place(source, tokenizer or config.tokenizer, config)[0]
@@ -119,6 +124,13 @@ def expected_vocabulary(config: DataConfig) -> int | None:
     built = Path(name).expanduser()
     if entry is None and (built / MANIFEST_NAME).is_file():
         return Manifest.load(built).tokenizer().vocab_size
+    text = _expected_text_vocabulary(config, entry)
+    media = len(MODALITIES) if has_media(name, config) else 0
+    return None if text is None else text + media
+
+
+def _expected_text_vocabulary(config: DataConfig, entry: Entry | None) -> int | None:
+    """The same without the tokens of media."""
     default = entry.tokenizer if entry is not None else "bytes"
     kind, size, path = parse_request(default if config.tokenizer == "auto" else config.tokenizer)
     if path is not None:
@@ -159,8 +171,9 @@ def check_tokenizer(manifest: Manifest, request: str) -> None:
         return
     kind, size, path = parse_request(request)
     spec = manifest.tokenizer_spec
+    spec = spec["base"] if spec.get("kind") == MediaTokenizer.kind else spec
     if path is not None:
-        same = load_tokenizer_file(path).fingerprint == manifest.tokenizer_fingerprint
+        same = load_tokenizer_file(path).fingerprint == spec_fingerprint(spec)
     elif kind == "words":
         same = spec.get("kind") == kind and (size is None or len(spec["words"]) <= size)
     else:
@@ -178,6 +191,7 @@ def _build_into_cache(
     if (out / MANIFEST_NAME).is_file():
         manifest = load_built(out, config.verify)
         if manifest.source.get("build_key") == key:
+            check_bad_share(manifest.media, config.max_bad_fraction)
             logger.info("%s is built already: %s", source.name, out)
             return manifest
     return build(source, out, tokenizer, config=config, use_ray=use_ray, progress=progress)
@@ -192,6 +206,9 @@ def _cache_place(source: Source, tokenizer: Tokenizer | str, config: DataConfig)
 def _check_same_tokenizer(manifests: list[Manifest]) -> None:
     first = manifests[0]
     others = [m for m in manifests[1:] if m.tokenizer_fingerprint != first.tokenizer_fingerprint]
+    if others and any(m.media for m in others) and not isinstance(first.tokenizer(), MediaTokenizer):
+        rule = "must come before sources of text: its tokenizer has tokens for media, and the first one's serves all"
+        raise DataError([Problem(f"data.sources: {m.name}", rule) for m in others if m.media])
     if others:
         rule = f"must have the tokenizer of the first source, {first.name} ({first.tokenizer_fingerprint[:12]})"
         hint = "build all sources with one tokenizer: `glowflow data build SOURCE OUT --tokenizer ...`"

@@ -14,16 +14,27 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from glowflow.config.errors import DataError, Problem
 from glowflow.data.datasets.documents import STRIDE, Piece, num_parts, previous_texts, read_pieces
 from glowflow.data.datasets.source import Extent, Source
-from glowflow.data.manifest import file_sha256
+from glowflow.data.manifest import RowGroupInfo, file_sha256
+from glowflow.data.processors.media_text import MediaTokenizer
 from glowflow.data.processors.text import Tokenizer, tokenizer_from_spec
 from glowflow.data.shards import PieceEncoder, ShardWriter
 
-__all__ = ["STATE_DIR", "STATE_FILE", "Unit", "load_state", "plan_units", "run_unit", "training_texts", "write_json"]
+__all__ = [
+    "STATE_DIR",
+    "STATE_FILE",
+    "Unit",
+    "load_state",
+    "plan_units",
+    "publish",
+    "run_unit",
+    "training_texts",
+    "write_json",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +151,11 @@ def run_unit(out: str, unit_json: str) -> dict[str, Any]:
             from glowflow.data.indexing import index_unit
 
             result = index_unit(directory, unit, tokenizer)
+        elif state.get("samples") is not None:
+            from glowflow.data.sample_build import make_sample_shard
+
+            assert isinstance(tokenizer, MediaTokenizer), "a build of samples always has one"
+            result = make_sample_shard(directory, unit, tokenizer, state)
         else:
             result = _make_shard(directory, unit, tokenizer, state)
     except DataError as error:
@@ -173,7 +189,7 @@ def _make_shard(out: Path, unit: Unit, tokenizer: Tokenizer, state: dict[str, An
             raise DataError(bad)
         result = {"index": unit.index, "split": unit.split, "documents": documents, "text_bytes": text_bytes}
         result["skipped_rows"] = [[problem.key, problem.rule] for problem in bad]
-        return {**result, **_publish(out, unit, partial, writer)}
+        return {**result, **publish(out, unit, partial, writer)}
     finally:
         partial.unlink(missing_ok=True)
 
@@ -200,11 +216,15 @@ def _token_before(extent: Extent, tokenizer: Tokenizer) -> int | None:
     return None
 
 
-def _publish(out: Path, unit: Unit, partial: Path, writer: ShardWriter) -> dict[str, Any]:
+class _Written(Protocol):
+    row_groups: list[RowGroupInfo]
+
+
+def publish(out: Path, unit: Unit, partial: Path, writer: _Written) -> dict[str, Any]:
     """Move a finished shard to its place, and describe it as the manifest will."""
     if not writer.row_groups:
         return {"shard": None}
-    groups = [[group.rows, group.tokens] for group in writer.row_groups]
+    groups = [[group.rows, group.tokens, group.media_bytes] for group in writer.row_groups]
     shard = {
         "path": unit.shard,
         "bytes": partial.stat().st_size,

@@ -92,7 +92,11 @@ def test_list_names_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_text("To be")
     rows = {row["name"]: row for row in list_datasets(DataConfig(cache_dir=str(tmp_path / "cache")))}
-    assert set(rows) == {"python-stdlib", "tinyshakespeare", "tinyshakespeare-tune", "wikitext-2", "wikitext-103"}
-    assert all(rows[name]["available"] for name in ("python-stdlib", "tinyshakespeare", "tinyshakespeare-tune"))
+    text = {"python-stdlib", "tinyshakespeare", "tinyshakespeare-tune", "wikitext-2", "wikitext-103"}
+    media = {"digits", "mnist", "fsdd", "av-digits", "flickr8k", "multi30k"}
+    assert set(rows) == text | media
+    available = {name for name, row in rows.items() if row["available"]}
+    assert available == {"python-stdlib", "tinyshakespeare", "tinyshakespeare-tune", "digits"}
+    assert "mnist, fsdd" in rows["av-digits"]["where"]
     assert not rows["wikitext-103"]["available"] and "Salesforce/wikitext" in rows["wikitext-103"]["where"]
     assert all(row["licence"] and row["description"] and row["tokenizer"] for row in rows.values())

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from glowflow.config.errors import DataError
+from glowflow.config.schema import DataConfig
 from glowflow.data.build import BuildOptions, build
 from glowflow.data.manifest import Manifest
+from tests.data.media_sets import png
 
 pytestmark = pytest.mark.journey
 REPOSITORY = Path(__file__).parents[2]
@@ -83,6 +85,22 @@ def test_bad_rows_are_reported_from_the_workers(cluster: None, tmp_path: Path) -
     with pytest.raises(DataError) as caught:
         build(str(tmp_path / "a.jsonl"), tmp_path / "out", "bytes")
     assert len(caught.value.problems) == 2 and not (tmp_path / "out").exists()
+
+
+def test_samples_with_media_are_the_same_bytes_on_ray(cluster: None, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for number in range(40):
+        (folder / f"{number % 2}").mkdir(parents=True, exist_ok=True)
+        content = png(seed=number) if number != 7 else b"no picture"
+        (folder / f"{number % 2}" / f"{number}.png").write_bytes(content)
+    config, options = DataConfig(on_bad_sample="skip"), BuildOptions(unit_bytes=1)
+    ours = build(str(folder), tmp_path / "ray", "bytes", config=config, options=options)
+    build(str(folder), tmp_path / "alone", "bytes", config=config, options=options, use_ray=False)
+    assert files(tmp_path / "ray") == files(tmp_path / "alone")
+    assert ours.media["bad"]["counts"] == {"image_header": 1} and ours.media["images"] == 39
+    with pytest.raises(DataError, match=r"1/7\.png: image_header"):
+        build(str(folder), tmp_path / "refused", "bytes", options=options)
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.slow

@@ -11,56 +11,38 @@ import logging
 import os
 import platform
 import sysconfig
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from glowflow.config.errors import DataError, Problem
 from glowflow.config.schema import DataConfig
 from glowflow.data.datasets import hub
-from glowflow.data.datasets.layout import contiguous, hash_splits, held_out, split_files
-from glowflow.data.datasets.scan import OUR_INDEX, keep_good, scan_files
+from glowflow.data.datasets.entry import Entry
+from glowflow.data.datasets.layout import hash_splits, split_files
+from glowflow.data.datasets.media.entries import MEDIA_ENTRIES, found_folders, resolve_media
+from glowflow.data.datasets.media.local import local_media, reader_of
+from glowflow.data.datasets.media.settings import SampleSettings
+from glowflow.data.datasets.scan import OUR_INDEX, folder_files, keep_good, scan_files
 from glowflow.data.datasets.source import Extent, FileFacts, Skipped, Source, source_digest
-from glowflow.data.datasets.wikitext import article_starts
+from glowflow.data.datasets.text_entries import TEXT_ENTRIES
 
-__all__ = ["CATALOGUE", "Entry", "availability", "cache_root", "is_ready", "resolve", "resolve_parquet"]
+__all__ = [
+    "CATALOGUE",
+    "Entry",
+    "availability",
+    "cache_root",
+    "has_media",
+    "is_here",
+    "is_ready",
+    "resolve",
+    "resolve_parquet",
+]
 
 logger = logging.getLogger(__name__)
 
+CATALOGUE: dict[str, Entry] = {entry.name: entry for entry in (*TEXT_ENTRIES, *MEDIA_ENTRIES)}
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_NOT_BUILT = ("manifest.json", ".building")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One catalogue name.
-
-    Args:
-        tokenizer: what ``data.tokenizer: auto`` means for it.
-        files: split -> file names that it may have, the canonical one first; empty for python-stdlib.
-        folders: paths on Hugging Face that may hold its Parquet files.
-        lines: the Parquet rows are lines of the original files.
-        layout: turns the scanned files (by split) into extents.
-        vocabulary: the known size of the default tokenizer's vocabulary.
-        home: the entry whose files it has; empty: its own.
-    """
-
-    name: str
-    description: str
-    licence: str
-    tokenizer: str
-    files: dict[str, tuple[str, ...]]
-    folders: tuple[str, ...]
-    lines: bool
-    layout: Callable[[dict[str, FileFacts]], dict[str, list[Extent]]] | None = None
-    vocabulary: int | None = None
-    home: str = ""
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder that holds its files."""
-        return self.home or self.name
 
 
 def cache_root(config: DataConfig) -> Path:
@@ -73,7 +55,7 @@ def resolve(name_or_path: str, config: DataConfig) -> Source:
 
     Args:
         name_or_path: catalogue name, file, folder, or built data directory.
-        config: ``cache_dir`` and ``on_bad_file`` are used.
+        config: ``cache_dir`` and ``on_bad_file`` are used, and of samples with media what their build depends on.
 
     Raises:
         DataError: it is nowhere (the places are listed), is empty, or has files that can not be used.
@@ -82,10 +64,9 @@ def resolve(name_or_path: str, config: DataConfig) -> Source:
         return _python_stdlib()
     if name_or_path in CATALOGUE:
         return _resolve_entry(CATALOGUE[name_or_path], config)
-    path = Path(name_or_path).expanduser()
-    root = os.environ.get("GLOWFLOW_DATA")
-    if not path.exists() and root and not path.is_absolute() and (Path(root) / path).exists():
-        path = Path(root) / path
+    if name_or_path.startswith(hub.PREFIX):
+        return _resolve_hub(name_or_path, config)
+    path = _path_of(name_or_path)
     if not path.exists():
         close = difflib.get_close_matches(name_or_path, CATALOGUE, n=1)
         known = f"catalogue: {', '.join(CATALOGUE)}" + (f"; did you mean {close[0]!r}?" if close else "")
@@ -95,6 +76,55 @@ def resolve(name_or_path: str, config: DataConfig) -> Source:
     return _resolve_path(path.absolute(), config)
 
 
+def _resolve_hub(name: str, config: DataConfig) -> Source:
+    """A data set of Hugging Face that has Parquet files: copied into the cache, then as a folder."""
+    target = _hub_copy(name, config)
+    if not target.is_dir():
+        path = name.removeprefix(hub.PREFIX)
+        logger.info("fetching %s", hub.location(path))
+        try:
+            hub.fetch_parquet_files(path, target)
+        except hub.HubUnavailable as error:
+            hint = f"looked in: {target}; put its Parquet files there, or a copy of them anywhere, and give that path"
+            rule = f"is not on this machine and cannot be fetched ({error})"
+            raise DataError(Problem("data.dataset", rule, name, hint)) from None
+    return replace(_resolve_path(target, config), name=name.rstrip("/").rpartition("/")[2], origin=name)
+
+
+def _hub_copy(name: str, config: DataConfig) -> Path:
+    path = name.removeprefix(hub.PREFIX).strip("/").replace("/", "--")
+    return cache_root(config) / "downloads" / "hub" / path
+
+
+def is_here(name_or_path: str, config: DataConfig) -> bool:
+    """Whether resolving a name fetches and writes nothing."""
+    if name_or_path in CATALOGUE:
+        return is_ready(CATALOGUE[name_or_path], config)
+    return not name_or_path.startswith(hub.PREFIX) or _hub_copy(name_or_path, config).is_dir()
+
+
+def _path_of(name: str) -> Path:
+    """A path as given, or below GLOWFLOW_DATA where it is only there."""
+    path = Path(name).expanduser()
+    root = os.environ.get("GLOWFLOW_DATA")
+    if not path.exists() and root and not path.is_absolute() and (Path(root) / path).exists():
+        return Path(root) / path
+    return path
+
+
+def has_media(name_or_path: str, config: DataConfig) -> bool:
+    """Whether a catalogue name or an existing path gives samples with media, not text; little is read.
+
+    Raises:
+        DataError: a folder of pictures or recordings has neither captions nor classes.
+    """
+    if name_or_path in CATALOGUE:
+        return CATALOGUE[name_or_path].media is not None
+    path = _hub_copy(name_or_path, config) if name_or_path.startswith(hub.PREFIX) else _path_of(name_or_path)
+    pairs = [(path, path.name)] if path.is_file() else folder_files(path) if path.is_dir() else []
+    return reader_of(pairs, config) is not None
+
+
 def _resolve_path(path: Path, config: DataConfig) -> Source:
     name = path.stem if path.is_file() else path.name
     if path.name == "manifest.json" or (path / "manifest.json").is_file():
@@ -102,7 +132,11 @@ def _resolve_path(path: Path, config: DataConfig) -> Source:
         return Source(root.name, root.name, "", "auto", built=root)
     if path.is_dir():
         _refuse_unfinished(path)
-    pairs = [(path, path.name)] if path.is_file() else _folder_files(path)
+    pairs = [(path, path.name)] if path.is_file() else folder_files(path)
+    if (media := local_media(path, pairs, config)) is not None:
+        return media
+    if SampleSettings.from_config(config).maps:
+        logger.warning("%s is text: data.columns, data.prompt and data.template have no effect on it", name)
     good, skipped, empty = keep_good(scan_files(pairs), config.on_bad_file)
     splits, unused = split_files(good)
     for one in unused:
@@ -121,7 +155,7 @@ def resolve_parquet(path: str | Path, config: DataConfig) -> Source:
     root = Path(path).expanduser().absolute()
     if not root.exists():
         raise DataError(Problem("data.dataset", "does not exist", str(path)))
-    files = [(root, root.name)] if root.is_file() else [p for p in _folder_files(root) if p[0].suffix == ".parquet"]
+    files = [(root, root.name)] if root.is_file() else [p for p in folder_files(root) if p[0].suffix == ".parquet"]
     scanned = [one for one in scan_files(files) if one.problem != OUR_INDEX]
     good, skipped, empty = keep_good(scanned, config.on_bad_file)
     splits, unused = split_files(good)
@@ -136,18 +170,6 @@ def _refuse_unfinished(path: Path) -> None:
         raise DataError(
             Problem(str(path), "is a data directory whose build has not finished: manifest.json is missing", hint=hint)
         )
-
-
-def _folder_files(folder: Path) -> list[tuple[Path, str]]:
-    """All files below a folder in the order of their names; hidden ones and built data sets inside are left out."""
-    found = []
-    for current, directories, files in os.walk(folder, followlinks=True):
-        if current != str(folder) and any(name in files or name in directories for name in _NOT_BUILT):
-            directories.clear()
-            continue
-        directories[:] = sorted(name for name in directories if not name.startswith(".") and name != "__pycache__")
-        found += [Path(current, name) for name in files if not name.startswith(".")]
-    return sorted(((path, path.relative_to(folder).as_posix()) for path in found), key=lambda pair: pair[1])
 
 
 def _source(
@@ -190,6 +212,8 @@ def _python_stdlib() -> Source:
 
 
 def _resolve_entry(entry: Entry, config: DataConfig) -> Source:
+    if entry.media is not None:
+        return resolve_media(entry, config, lambda folder: _folder_places(folder, config))
     directory = _find(entry, config)
     logger.info("%s: files in %s", entry.name, directory)
     chosen = _present(entry, directory)
@@ -212,9 +236,13 @@ def _present(entry: Entry, directory: Path) -> dict[str, str]:
 
 
 def _places(entry: Entry, config: DataConfig) -> list[tuple[str, Path]]:
-    places = [("the local cache", cache_root(config) / "downloads" / entry.folder)]
+    return _folder_places(entry.folder, config)
+
+
+def _folder_places(folder: str, config: DataConfig) -> list[tuple[str, Path]]:
+    places = [("the local cache", cache_root(config) / "downloads" / folder)]
     if root := os.environ.get("GLOWFLOW_DATA"):
-        places.insert(0, ("GLOWFLOW_DATA", Path(root).expanduser().absolute() / entry.folder))
+        places.insert(0, ("GLOWFLOW_DATA", Path(root).expanduser().absolute() / folder))
     return places
 
 
@@ -262,13 +290,22 @@ def _nowhere(entry: Entry, config: DataConfig, reason: str) -> Problem:
 
 
 def is_ready(entry: Entry, config: DataConfig) -> bool:
-    """Whether the text files are on this machine: resolving it then fetches and writes nothing."""
+    """Whether its files are on this machine: resolving it then fetches and writes nothing."""
+    if entry.media is not None:
+        return _media_folders(entry, config).keys() == entry.media.needs.keys()
     places = [*(place for _, place in _places(entry, config)), cache_root(config) / "downloads" / entry.folder / "text"]
     return not entry.files or any(len(_present(entry, place)) == len(entry.files) for place in places)
 
 
 def availability(entry: Entry, config: DataConfig) -> dict[str, Any]:
     """Where a catalogue entry would come from, without touching the network."""
+    if entry.media is not None:
+        found = _media_folders(entry, config)
+        missing = [folder for folder in entry.media.needs if folder not in found]
+        if missing:
+            return {"available": False, "where": f"to be put into GLOWFLOW_DATA: {', '.join(missing)}"}
+        where = ", ".join(str(folder) for folder in found.values()) or "made on this machine"
+        return {"available": True, "where": where}
     if not entry.files:
         return {"available": True, "where": f"this interpreter ({sysconfig.get_paths()['stdlib']})"}
     places = [*_places(entry, config), ("the local cache", cache_root(config) / "downloads" / entry.folder / "text")]
@@ -278,82 +315,6 @@ def availability(entry: Entry, config: DataConfig) -> dict[str, Any]:
     return {"available": False, "where": f"to be fetched from {hub.location(entry.folders[0])}"}
 
 
-def _wikitext_layout(files: dict[str, FileFacts]) -> dict[str, list[Extent]]:
-    """Documents are articles; their ids go on over the splits."""
-    splits: dict[str, list[Extent]] = {}
-    document_id = 0
-    for split, facts in files.items():
-        starts = article_starts(facts.path)
-        extents = []
-        for start, end in zip(starts, [*starts[1:], facts.bytes], strict=True):
-            extents.append(Extent(facts.path, facts.name, "text", start, end, document_id, end - start))
-            document_id += 1
-        splits[split] = extents
-    return splits
-
-
-def _shakespeare_layout(files: dict[str, FileFacts]) -> dict[str, list[Extent]]:
-    return contiguous(files["train"])
-
-
-def _shakespeare_tune_layout(files: dict[str, FileFacts]) -> dict[str, list[Extent]]:
-    return held_out(files["train"])
-
-
-def _wikitext(name: str, size: str, vocabulary: int) -> Entry:
-    return Entry(
-        name=name,
-        description=f"Wikipedia articles, word level with <unk>, {size} training tokens (arXiv:1609.07843)",
-        licence="CC BY-SA 3.0",
-        tokenizer="words",
-        files={
-            "train": ("train.txt", "wiki.train.tokens"),
-            "validation": ("valid.txt", "validation.txt", "wiki.valid.tokens"),
-            "test": ("test.txt", "wiki.test.tokens"),
-        },
-        folders=(f"datasets/Salesforce/wikitext/{name}-v1",),
-        lines=True,
-        layout=_wikitext_layout,
-        vocabulary=vocabulary,
-    )
-
-
-_SHAKESPEARE = "datasets/karpathy/tiny_shakespeare"
-_TINYSHAKESPEARE = Entry(
-    name="tinyshakespeare",
-    description="1.1 million characters of Shakespeare, 90/10 by characters as in nanoGPT",
-    licence="public domain",
-    tokenizer="chars",
-    files={"train": ("input.txt",)},
-    # The converted files lie in a pull request's commit and in the branch that the hub keeps for every data set.
-    folders=(
-        f"{_SHAKESPEARE}/data",
-        f"{_SHAKESPEARE}@6fa1fd1127e424cd6f68d48df00814d5b1b034c4/data",
-        f"{_SHAKESPEARE}@refs/convert/parquet/default",
-    ),
-    lines=False,
-    layout=_shakespeare_layout,
-    vocabulary=65 + 2,
-)
-_ENTRIES = (
-    Entry(
-        name="python-stdlib",
-        description="sources of the standard library of the Python that runs GlowFlow; on every machine, split by file",
-        licence="Python Software Foundation License 2.0",
-        tokenizer="bpe:4096",
-        files={},
-        folders=(),
-        lines=False,
-    ),
-    _TINYSHAKESPEARE,
-    replace(
-        _TINYSHAKESPEARE,
-        name="tinyshakespeare-tune",
-        description="the training part of tinyshakespeare, 90/10 again: to choose settings without its validation part",
-        layout=_shakespeare_tune_layout,
-        home="tinyshakespeare",
-    ),
-    _wikitext("wikitext-2", "2.1 million", 33_278),
-    _wikitext("wikitext-103", "103 million", 267_735),
-)
-CATALOGUE: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+def _media_folders(entry: Entry, config: DataConfig) -> dict[str, Path]:
+    assert entry.media is not None
+    return found_folders(entry.media, lambda folder: _folder_places(folder, config))

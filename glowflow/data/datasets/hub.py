@@ -18,12 +18,21 @@ from typing import Any
 
 from glowflow.data.datasets.wikitext import rebuild_lines
 
-__all__ = ["HubUnavailable", "fetch_text_files", "local_parquet", "location", "write_text_files"]
+__all__ = [
+    "PREFIX",
+    "HubUnavailable",
+    "fetch_parquet_files",
+    "fetch_text_files",
+    "local_parquet",
+    "location",
+    "write_text_files",
+]
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = "hf://"
+PREFIX = "hf://"
 _TIMEOUT_SECONDS = 5.0
+_COPY_BYTES = 4 << 20
 _SPLITS = ("train", "validation", "test")
 
 
@@ -33,7 +42,7 @@ class HubUnavailable(Exception):
 
 def location(path: str) -> str:
     """The URL of a path of the hub, on the mirror if there is one."""
-    prefix = os.environ.get("GLOWFLOW_HF_MIRROR", _PREFIX)
+    prefix = os.environ.get("GLOWFLOW_HF_MIRROR", PREFIX)
     return prefix + ("" if prefix.endswith("/") else "/") + path
 
 
@@ -86,6 +95,55 @@ def _remote_files(filesystem: Any, root: str) -> dict[str, list[str]]:
             if paths and split not in found:
                 found[split] = paths
     return found if "train" in found else {}
+
+
+def fetch_parquet_files(path: str, target: Path) -> None:
+    """Copy the Parquet files of a data set, or of a folder of it, as they are.
+
+    Args:
+        path: on the hub: ``datasets/OWNER/NAME``, or below.
+        target: directory that appears when everything is there; files are named after their splits, if they have any.
+
+    Raises:
+        HubUnavailable: it can not be reached, or has no Parquet files there.
+    """
+    import fsspec
+
+    _check_reachable()
+    url = location(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url)
+        names = _remote_names(filesystem, root)
+        if not names:
+            raise HubUnavailable(f"{url} holds no Parquet files")
+        for name, remote in names.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            with filesystem.open(remote, "rb") as source, (partial / name).open("wb") as copy:
+                shutil.copyfileobj(source, copy, _COPY_BYTES)
+        if not target.exists():  # else another process was faster
+            os.replace(partial, target)
+    except HubUnavailable:
+        raise
+    except Exception as error:  # fsspec backends raise errors of every kind
+        first_line = (str(error).splitlines() or ["no message"])[0]
+        raise HubUnavailable(f"{url}: {type(error).__name__}: {first_line}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remote_names(filesystem: Any, root: str) -> dict[str, str]:
+    """Name here -> path there."""
+    root = root.rstrip("/")
+    for folder in (root, f"{root}/data"):
+        if found := _remote_files(filesystem, folder):
+            return {
+                f"{split}-{number:05d}.parquet": path
+                for split, paths in found.items()
+                for number, path in enumerate(paths)
+            }
+    paths = sorted(str(path) for path in filesystem.glob(f"{root}/**/*.parquet"))
+    return {path.removeprefix(root).lstrip("/"): path for path in paths}
 
 
 def local_parquet(directory: Path, subfolders: Iterable[str]) -> dict[str, list[str]]:

@@ -17,7 +17,19 @@ from glowflow.data.datasets.documents import read_pieces
 from glowflow.data.datasets.scan import character_offset
 from glowflow.data.datasets.source import Extent, FileFacts, Skipped, row_hash
 
-__all__ = ["contiguous", "file_extent", "hash_splits", "held_out", "named_split", "split_files"]
+__all__ = [
+    "FEW_DOCUMENTS",
+    "Thresholds",
+    "contiguous",
+    "file_extent",
+    "hash_splits",
+    "held_out",
+    "named_split",
+    "selected",
+    "split_alias",
+    "split_files",
+    "thresholds",
+]
 
 _ALIASES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -25,18 +37,23 @@ _ALIASES = {
     "test": "test",
 }
 _DATA_SUFFIXES = (".txt", ".text", ".tokens", ".raw", ".jsonl", ".ndjson", ".parquet")
-_FEW_DOCUMENTS = 200
+FEW_DOCUMENTS = 200
 _TOP = 1 << 64
 Thresholds = dict[str, tuple[int, int]]
 
 
-def named_split(name: str) -> str | None:
+def split_alias(name: str) -> str | None:
+    """The split that a word stands for: ``dev`` is the validation split."""
+    return _ALIASES.get(name.lower())
+
+
+def named_split(name: str, suffixes: Sequence[str] = _DATA_SUFFIXES) -> str | None:
     """The split that a name says: a folder ``valid/``, ``train.txt``, ``wiki.test.tokens``, ``train-00000-of-2``.
 
-    Only data files have one: ``train.py`` in a folder of programs is a document like the others.
+    Only data files have one (by their suffix): ``train.py`` in a folder of programs is a document like the others.
     """
     path = PurePosixPath(name.lower())
-    if path.suffix not in _DATA_SUFFIXES:
+    if path.suffix not in suffixes:
         return None
     for folder in path.parts[:-1]:
         if folder in _ALIASES:
@@ -74,19 +91,24 @@ def hash_splits(files: Sequence[FileFacts], first_ids: dict[str, int], *, with_t
     if few is not None and len(few) == 1:
         facts = next(facts for facts in files if few[0] in (facts.name, *_row_keys(facts)))
         return contiguous(facts, first_ids[facts.name])
-    thresholds = _thresholds(few, with_test)
-    splits: dict[str, list[Extent]] = {name: [] for name in thresholds}
+    ranges = thresholds(few, with_test=with_test)
+    splits: dict[str, list[Extent]] = {name: [] for name in ranges}
     for facts in files:
         if facts.kind == "text":
             value = row_hash(facts.name)
-            split = next(name for name, (low, high) in thresholds.items() if low <= value < high)
+            split = next(name for name, (low, high) in ranges.items() if low <= value < high)
             splits[split].append(file_extent(facts, first_ids[facts.name]))
             continue
-        for name, select in thresholds.items():
-            share = (select[1] - select[0]) / _TOP
+        for name, select in ranges.items():
             for extent in _all_extents(facts, first_ids[facts.name]):
-                splits[name].append(replace(extent, select=select, size=max(1, int(extent.size * share))))
+                splits[name].append(selected(extent, select))
     return {name: extents for name, extents in splits.items() if extents}
+
+
+def selected(extent: Extent, select: tuple[int, int]) -> Extent:
+    """An extent of which only the rows in a range of hashes count."""
+    share = (select[1] - select[0]) / _TOP
+    return replace(extent, select=select, size=max(1, int(extent.size * share)))
 
 
 def _few_documents(files: Sequence[FileFacts]) -> list[str] | None:
@@ -95,7 +117,7 @@ def _few_documents(files: Sequence[FileFacts]) -> list[str] | None:
     Raises:
         DataError: no file has a document.
     """
-    if sum(max(facts.rows, 1) for facts in files) >= _FEW_DOCUMENTS:
+    if sum(max(facts.rows, 1) for facts in files) >= FEW_DOCUMENTS:
         return None
     names = [facts.name for facts in files if facts.kind == "text"]
     for facts in files:
@@ -114,8 +136,13 @@ def _row_keys(facts: FileFacts) -> list[str]:
     return [f"{facts.name}:{piece.document_id}" for piece in pieces if piece.first]
 
 
-def _thresholds(few: list[str] | None, with_test: bool) -> Thresholds:
-    """Hash ranges of the splits; by rank when there are so few documents that a split might come out empty."""
+def thresholds(few: list[str] | None, *, with_test: bool) -> Thresholds:
+    """Hash ranges of the splits; by rank when there are so few documents that a split might come out empty.
+
+    Args:
+        few: the names of all of them, where they are few.
+        with_test: whether there is a test split.
+    """
     low, high = int(0.90 * _TOP), int(0.95 * _TOP)
     if few is not None:
         ranked = sorted(map(row_hash, few))

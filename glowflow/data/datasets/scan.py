@@ -18,7 +18,17 @@ import numpy as np
 from glowflow.config.errors import DataError, Problem
 from glowflow.data.datasets.source import FileFacts, Kind, Skipped
 
-__all__ = ["INDEX_MARK", "OUR_INDEX", "SHARD_MARK", "character_offset", "file_kind", "keep_good", "scan_files"]
+__all__ = [
+    "INDEX_MARK",
+    "NO_TEXT",
+    "OUR_INDEX",
+    "SHARD_MARK",
+    "character_offset",
+    "file_kind",
+    "folder_files",
+    "keep_good",
+    "scan_files",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +37,20 @@ _PARALLEL_BYTES = 64 << 20
 SHARD_MARK = b"glowflow.shard"  # key in the Parquet metadata of our own shards
 INDEX_MARK = b"glowflow.index"  # and of the length indexes of --index-only
 OUR_INDEX = "is a length index of GlowFlow"
+NO_TEXT = "has no column `text`"
+_NOT_BUILT = ("manifest.json", ".building")
+
+
+def folder_files(folder: Path) -> list[tuple[Path, str]]:
+    """All files below a folder in the order of their names; hidden ones and built data sets inside are left out."""
+    found = []
+    for current, directories, files in os.walk(folder, followlinks=True):
+        if current != str(folder) and any(name in files or name in directories for name in _NOT_BUILT):
+            directories.clear()
+            continue
+        directories[:] = sorted(name for name in directories if not name.startswith(".") and name != "__pycache__")
+        found += [Path(current, name) for name in files if not name.startswith(".")]
+    return sorted(((path, path.relative_to(folder).as_posix()) for path in found), key=lambda pair: pair[1])
 
 
 def file_kind(path: Path) -> Kind:
@@ -121,7 +145,7 @@ def _scan_parquet(path: Path, name: str) -> FileFacts:
             elif INDEX_MARK in marks_of_ours:
                 problem = OUR_INDEX
             else:
-                problem = None if {"text", "tokens"} & set(columns) else "has no column `text`"
+                problem = None if {"text", "tokens"} & set(columns) else NO_TEXT
             groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
             marks = tuple((_text_bytes(group), group.num_rows) for group in groups)
             return FileFacts(str(path), name, "parquet", size, digest, problem, 0, metadata.num_rows, marks, columns)

@@ -11,11 +11,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from glowflow.data.datasets.media.settings import SampleSettings
 
 __all__ = ["Extent", "FileFacts", "Skipped", "Source", "row_hash", "source_digest"]
 
-Kind = Literal["text", "jsonl", "parquet"]
+Kind = Literal["text", "jsonl", "parquet", "samples"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,15 @@ class Extent:
     Args:
         path: the file, absolute.
         name: its name inside the source; the column ``source`` of the shards.
-        kind: ``text`` (one document), ``jsonl`` or ``parquet`` (one document per row).
-        start, end: half-open range; ``text`` and ``jsonl``: bytes, ``parquet``: row groups.
+        kind: ``text`` (one document), ``jsonl`` or ``parquet`` (one document per row), ``samples`` (with media).
+        start, end: half-open range; ``text`` and ``jsonl``: bytes, ``parquet``: row groups, ``samples``: its reader's.
         document_id: id of the document, or of the first row of the extent.
         size: bytes of text, about; what balances the units of work.
         row: number of the first row in its file (its name and row decide a document's split).
         parts: ``text``: only the pieces [first, last) of a long document.
         select: rows whose ``row_hash`` lies in [low, high); None: all.
         clip: tenths [low, high) of the characters, where the single document of a source is cut in two.
+        reader: ``samples``: what reads them, a name of ``media.samples.READERS``.
     """
 
     path: str
@@ -46,6 +50,7 @@ class Extent:
     parts: tuple[int, int] | None = None
     select: tuple[int, int] | None = None
     clip: tuple[int, int] | None = None
+    reader: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -105,6 +110,7 @@ class Source:
         skipped: files left out, with the reason.
         bytes: size of the files used.
         built: the directory, when it is a built data set already (then there are no splits here).
+        samples: how its samples with media are read; None: it is text.
     """
 
     name: str
@@ -118,6 +124,7 @@ class Source:
     empty_files: int = 0
     skipped: tuple[Skipped, ...] = ()
     built: Path | None = None
+    samples: SampleSettings | None = None
 
 
 def row_hash(key: str) -> int:
@@ -134,5 +141,5 @@ def source_digest(files: Iterable[FileFacts], splits: Mapping[str, Iterable[Exte
         digest.update(json.dumps(["split", split]).encode())
         for e in extents:
             layout = [e.name, e.kind, e.start, e.end, e.document_id, e.select, e.clip]
-            digest.update(json.dumps(layout).encode())
+            digest.update(json.dumps([*layout, e.reader] if e.reader else layout).encode())
     return digest.hexdigest()

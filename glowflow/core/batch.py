@@ -16,12 +16,28 @@ __all__ = ["Batch", "Modality", "ModelOutput", "StepBatches"]
 
 @dataclass
 class Modality:
-    """Encoded media of one modality in a batch (N items over all sequences)."""
+    """The media of one modality in a micro-batch: N items of all rows, S tokens of each after its encoder.
 
-    features: Tensor  # (N, ...) whatever the encoder takes
-    mask: Tensor  # (N, S) bool, valid feature positions
-    sample_index: Tensor  # (N,) int64, the sequence that each item belongs to
-    slot_positions: Tensor  # (N, S) int64, positions in the sequence; empty where fusion uses no slots
+    A micro-batch always has at least one item of every modality that the model reads, a blank one where it has none,
+    so that all ranks call all encoders. Which token goes where is decided on the host: nothing of it is read back from
+    the device, and shapes follow from the host's numbers alone.
+
+    S is ``num_tokens`` of the encoder's config for the padded size of ``features``, and token s of an item is its s-th
+    valid one in reading order: the first ``num_tokens`` of its own size are valid.
+    """
+
+    features: Tensor  # (N, C, H, W) pixels or (N, F, M) log-mel frames, float32, padded with 0
+    sizes: Tensor  # (N, 2) valid height and width, or (N, 1) valid frames, int64
+    present: Tensor  # (N,) bool; False: a blank, or an item that was left out (then its slots are there all the same)
+    sample_index: Tensor  # (N,) int64, the row that each item belongs to; 0 for a blank of no row
+    positions: Tensor  # (N,) int64, where the item stands in its row (its placeholder, or its first slot)
+    row_items: Tensor  # (B, I) int64, the items of each row in order; N: none
+    slot_index: Tensor  # (K,) int64, flat positions b * T + t that hold a token of a medium; K = 0 without slots
+    token_index: Tensor  # (K,) int64, which token goes there, flat n * S + s
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Modality:
+        """The same on another device."""
+        return Modality(*(tensor.to(device, non_blocking=non_blocking) for tensor in vars(self).values()))
 
 
 @dataclass
@@ -43,6 +59,8 @@ class Batch:
     reset: Tensor  # (B,) bool, lanes: forget the carry before this sequence
     single_document: bool = False
     modalities: dict[str, Modality] = field(default_factory=dict)
+    readout: Tensor | None = None  # (B,) int64, last position of each row that is no padding (one sample a row)
+    text_index: Tensor | None = None  # (K,) int64, flat positions b * T + t that hold no token of a medium
     label_draws: Tensor | None = None  # (B, T) float32, uniform in [0, 1)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
@@ -52,10 +70,7 @@ class Batch:
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
-        moved["modalities"] = {
-            key: Modality(*(t.to(device, non_blocking=non_blocking) for t in vars(m).values()))
-            for key, m in self.modalities.items()
-        }
+        moved["modalities"] = {name: one.to(device, non_blocking) for name, one in self.modalities.items()}
         return replace(self, **moved)
 
     @property
@@ -72,6 +87,11 @@ class ModelOutput:
     loss_sum: Tensor | None = None  # () float32, weighted sum of the negative log-likelihoods in nats
     weight_sum: Tensor | None = None  # () float32, sum of the weights
     aux_sum: Tensor | None = None  # () what is trained on beside the loss (balance of experts), normalised as loss_sum
+    pooled: Tensor | None = None  # (B, D) what the head reads a sample's class from (classification)
+    correct_sum: Tensor | None = None  # () float32, weighted number of right answers (classification)
+    pairs: tuple[Tensor, Tensor] | None = None  # (B, E) twice, float32 unit vectors: texts and media (contrastive)
+    pair_weights: Tensor | None = None  # (B,) float32, 0: no pair
+    logit_scale: Tensor | None = None  # () float32, factor on the similarities of pairs
 
     @property
     def objective(self) -> Tensor:
@@ -92,3 +112,4 @@ class StepBatches:
     micro_batches: list[Batch]
     global_weight: float
     wait_seconds: float = 0.0
+    bad_samples: list[tuple[str, str]] = field(default_factory=list)  # (kind, name) of blanks in this rank's rows

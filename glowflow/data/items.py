@@ -1,4 +1,4 @@
-"""Items of a Ray stream: many steps' rows of one rank in one payload, made by ``Plan.batch`` inside a Ray task.
+"""Items of a Ray stream: many steps' rows of one rank in one payload, made by the plan inside a Ray task.
 
 No torch here: the tasks that make items start quickly and stay small.
 """
@@ -13,6 +13,8 @@ import numpy as np
 from glowflow.config.errors import DataError, GlowFlowError, Problem
 from glowflow.data.payload import pack
 from glowflow.data.plan import Plan, PlanBatch, shared_plan
+from glowflow.data.samples.payload import pack_samples
+from glowflow.data.samples.plan import SamplePlan
 
 __all__ = ["ItemMaker", "RankShare", "as_data_error"]
 
@@ -67,9 +69,11 @@ class ItemMaker:
         first = self.start + item * self.steps_per_item
         return range(first, min(first + self.steps_per_item, self.stop))
 
-    def payload(self, plan: Plan, item: int) -> bytes:
+    def payload(self, plan: Plan | SamplePlan, item: int) -> bytes:
         """The rows of the item's steps, one after the other, and the weight of each global batch."""
         steps = self.steps(item)
+        if isinstance(plan, SamplePlan):
+            return pack_samples(list(plan.samples(steps, *self.share.rows)), plan.step_weights(steps))
         batches = list(plan.batches(steps, *self.share.rows))
         arrays = {field.name: np.stack([getattr(b, field.name) for b in batches]) for field in fields(PlanBatch)}
         arrays["global_weight"] = plan.step_weights(steps)

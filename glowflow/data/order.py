@@ -1,4 +1,4 @@
-"""Seeded permutations that stay the same across numpy versions, and the small cache that the plan keeps.
+"""Seeded permutations that stay the same across numpy versions, generators, and the small cache that the plan keeps.
 
 Only numpy's *raw* bit streams are promised to be stable (NEP 19), so a permutation is the stable argsort of raw
 64-bit keys of Philox (Salmon et al., SC'11), seeded by the tuple of everything it depends on.
@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LRU", "permutation"]
+__all__ = ["LRU", "generator", "permutation"]
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -23,6 +23,14 @@ def permutation(n: int, *key: int) -> NDArray[np.int64]:
     """A permutation of 0..n-1, a pure function of the non-negative integers ``key``."""
     raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
     return np.argsort(np.asarray(raw, dtype=np.uint64), kind="stable")
+
+
+def generator(*key: int) -> np.random.Generator:
+    """A generator of random numbers, a pure function of the non-negative integers ``key``.
+
+    Its *distributions* may change with numpy's version, so it serves augmentation, and never the order of the data.
+    """
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
 class LRU(Generic[K, V]):

@@ -3,32 +3,33 @@
 sources, seed, context, global batch, layout -> ``batch(step)``. Every argument enters the fingerprint and no worker
 count does, so a run can go on from (step, fingerprint) on any number of workers. Windows of row groups are permuted
 per epoch, documents inside a window; sequence counts follow from the manifests, so a look-up is O(log windows) and
-opens only the windows it needs. One function serves Ray Data, local runs and tests.
+opens only the windows it needs. One function serves Ray Data, local runs and tests. Layout ``bucketed`` has a class of
+its own, ``samples.plan.SamplePlan``.
 
 Shapes: B rows asked for, T context.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glowflow.config.errors import DataError, Problem
+from glowflow.data.arguments import Arguments, check, fingerprint
 from glowflow.data.layouts import LanesLayout, Layout, PackedLayout, Stretch
 from glowflow.data.manifest import Manifest
 from glowflow.data.order import LRU
+from glowflow.data.samples.plan import SamplePlan
+from glowflow.data.samples.view import MediaView
 from glowflow.data.windows import Part, WindowReader, WindowTable
 
 __all__ = ["DEFAULT_WINDOW_TOKENS", "Plan", "PlanBatch", "eval_plan", "plan", "plan_from_spec", "shared_plan"]
 
-ALGORITHM = 2  # goes into the fingerprint: raise it whenever the same arguments give other batches
 DEFAULT_WINDOW_TOKENS = 4_194_304
 _CACHE_BYTES = 32 << 20
 _MIN_PART_PAIRS = 1 << 16
@@ -56,30 +57,11 @@ class PlanBatch:
         return PlanBatch(**{name: array[start:stop] for name, array in vars(self).items()})
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """All that a plan depends on."""
-
-    sources: tuple[tuple[Manifest, float], ...]
-    seed: int
-    context: int
-    global_batch: int
-    layout: str
-    split: str
-    window_tokens: int
-    shuffle: bool = True
-    epochs: int | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """All but the sources."""
-        return {name: value for name, value in vars(self).items() if name != "sources"}
-
-
 class Plan:
     """See ``plan()``. Thread-safe; pickles as its arguments."""
 
-    def __init__(self, arguments: _Arguments, cache_bytes: int = _CACHE_BYTES) -> None:
-        _check(arguments)
+    def __init__(self, arguments: Arguments, cache_bytes: int = _CACHE_BYTES) -> None:
+        check(arguments)
         self._arguments = arguments
         self._cache_bytes = cache_bytes
         self.seed, self.context, self.global_batch = arguments.seed, arguments.context, arguments.global_batch
@@ -106,7 +88,7 @@ class Plan:
             part_pairs = max(part_pairs, *(int(table.pairs.max()) for table in self._tables), self.context)
         self._reader = WindowReader(self._tables, part_pairs, cache_bytes, _PARTS_PER_STREAM * self._schedule.streams)
         self._lock = threading.RLock()
-        self.fingerprint = _fingerprint(arguments)
+        self.fingerprint = fingerprint(arguments)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Plan, (self._arguments, self._cache_bytes)
@@ -188,8 +170,7 @@ class Plan:
 
     def spec(self) -> dict[str, Any]:
         """A JSON-able description from which ``plan_from_spec`` rebuilds the plan in another process."""
-        sources = [[str(manifest.path), weight] for manifest, weight in self._arguments.sources]
-        return {**self._arguments.plain(), "sources": sources, "fingerprint": self.fingerprint}
+        return self._arguments.spec()
 
     def _filled(self, stretches: list[Stretch], sample_ids: NDArray[np.int64], reset: NDArray[np.bool_]) -> PlanBatch:
         shape = (len(sample_ids), self.context)
@@ -241,6 +222,7 @@ class Plan:
         positions[place] = pair - np.maximum(part.document_start[rank], np.repeat(floor, count))
 
 
+@overload
 def plan(
     sources: Sequence[tuple[Manifest, float]],
     *,
@@ -250,25 +232,80 @@ def plan(
     layout: str = "packed",
     split: str = "train",
     window_tokens: int = DEFAULT_WINDOW_TOKENS,
-) -> Plan:
+    view: None = None,
+) -> Plan: ...
+
+
+@overload
+def plan(
+    sources: Sequence[tuple[Manifest, float]],
+    *,
+    seed: int,
+    context: int,
+    global_batch: int,
+    layout: str,
+    split: str = "train",
+    window_tokens: int = DEFAULT_WINDOW_TOKENS,
+    view: MediaView,
+) -> SamplePlan: ...
+
+
+def plan(
+    sources: Sequence[tuple[Manifest, float]],
+    *,
+    seed: int,
+    context: int,
+    global_batch: int,
+    layout: str = "packed",
+    split: str = "train",
+    window_tokens: int = DEFAULT_WINDOW_TOKENS,
+    view: MediaView | None = None,
+) -> Plan | SamplePlan:
     """An endless shuffled plan over weighted sources.
 
     Every token but the first of a document is a target exactly once per epoch. A step may cross an epoch's end, so
     no tail is dropped; each source has its own epochs.
 
     Args:
-        sources: data sets with their shares of the sequences (``packed``) or of the lanes (``lanes``).
+        sources: data sets with their shares of the sequences (``packed``, ``bucketed``) or of the lanes (``lanes``).
         seed: seed of all permutations.
-        context: sequence length T in tokens.
+        context: sequence length T in tokens; of ``bucketed`` the longest.
         global_batch: sequences per step, over all workers and accumulation steps.
-        layout: ``packed`` sequences, or contiguous ``lanes`` for recurrent architectures.
+        layout: ``packed`` sequences, contiguous ``lanes`` for recurrent architectures, or ``bucketed`` samples.
         split: name of the split in every source.
         window_tokens: about how many tokens are shuffled together (windows are whole row groups).
+        view: what the model sees of a sample; of ``bucketed``, and of no other layout.
 
     Raises:
         DataError: a split or its tokens are missing, tokenizers differ, or an argument is out of range.
     """
-    return Plan(_Arguments(tuple(sources), seed, context, global_batch, layout, split, window_tokens))
+    return _made(Arguments(tuple(sources), seed, context, global_batch, layout, split, window_tokens, view=view))
+
+
+@overload
+def eval_plan(
+    manifest: Manifest,
+    *,
+    split: str,
+    context: int,
+    global_batch: int,
+    layout: str = "packed",
+    window_tokens: int = DEFAULT_WINDOW_TOKENS,
+    view: None = None,
+) -> Plan: ...
+
+
+@overload
+def eval_plan(
+    manifest: Manifest,
+    *,
+    split: str,
+    context: int,
+    global_batch: int,
+    layout: str,
+    window_tokens: int = DEFAULT_WINDOW_TOKENS,
+    view: MediaView,
+) -> SamplePlan: ...
 
 
 def eval_plan(
@@ -279,36 +316,34 @@ def eval_plan(
     global_batch: int,
     layout: str = "packed",
     window_tokens: int = DEFAULT_WINDOW_TOKENS,
-) -> Plan:
+    view: MediaView | None = None,
+) -> Plan | SamplePlan:
     """One epoch in the order of the shards, ``num_steps`` steps long; arguments and errors as for ``plan()``.
 
     Rows past the end are blanks with weight 0 and sample id -1, so that every rank takes every step.
     """
-    sources = ((manifest, 1.0),)
-    return Plan(_Arguments(sources, 0, context, global_batch, layout, split, window_tokens, shuffle=False, epochs=1))
+    counts = (0, context, global_batch, layout, split, window_tokens)
+    return _made(Arguments(((manifest, 1.0),), *counts, shuffle=False, epochs=1, view=view))
 
 
-def plan_from_spec(spec: dict[str, Any]) -> Plan:
-    """Rebuild a plan from ``Plan.spec()``.
+def plan_from_spec(spec: dict[str, Any]) -> Plan | SamplePlan:
+    """Rebuild a plan from its ``spec()``.
 
     Raises:
         DataError: a manifest is gone, or is no longer the one that the plan was made from.
     """
-    plain = {name: value for name, value in spec.items() if name not in ("sources", "fingerprint")}
-    sources = tuple((Manifest.load(path), weight) for path, weight in spec["sources"])
-    rebuilt = Plan(_Arguments(sources, **plain))
-    if rebuilt.fingerprint != spec["fingerprint"]:
-        paths = ", ".join(path for path, _ in spec["sources"])
-        rule = "the data set changed after the plan was made"
-        raise DataError(Problem(paths, rule, hint="start a new run, or bring the old data set back"))
-    return rebuilt
+    return _made(Arguments.from_spec(spec))
 
 
-_shared: LRU[str, Plan] = LRU(_SHARED_PLANS)
+def _made(arguments: Arguments) -> Plan | SamplePlan:
+    return SamplePlan(arguments) if arguments.layout == "bucketed" else Plan(arguments)
+
+
+_shared: LRU[str, Plan | SamplePlan] = LRU(_SHARED_PLANS)
 _shared_lock = threading.Lock()
 
 
-def shared_plan(spec: dict[str, Any]) -> Plan:
+def shared_plan(spec: dict[str, Any]) -> Plan | SamplePlan:
     """``plan_from_spec``, but one plan per process, so that tasks that follow each other reuse its windows."""
     with _shared_lock:
         found = _shared.get(spec["fingerprint"])
@@ -337,44 +372,7 @@ def _part_pairs(tables: list[WindowTable], streams: int, context: int, cache_byt
     return max(_MIN_PART_PAIRS, share, context) // context * context
 
 
-def _fingerprint(arguments: _Arguments) -> str:
-    content = {
-        **arguments.plain(),
-        "algorithm": ALGORITHM,
-        "sources": [[manifest.fingerprint, float(weight)] for manifest, weight in arguments.sources],
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _check(arguments: _Arguments) -> None:
-    problems = []
-    for key, name, least in (
-        ("training.seed", "seed", 0),
-        ("data.context", "context", 1),
-        ("training.batch_size", "global_batch", 1),
-        ("data.window_tokens", "window_tokens", 1),
-    ):
-        if getattr(arguments, name) < least:
-            problems.append(Problem(key, f"must be at least {least}", getattr(arguments, name)))
-    if arguments.layout not in _LAYOUTS:
-        problems.append(Problem("data.layout", f"must be one of {', '.join(_LAYOUTS)}", arguments.layout))
-    if not arguments.sources:
-        problems.append(Problem("data.sources", "must name at least one source"))
-    for manifest, weight in arguments.sources:
-        if not 0 < weight < float("inf"):
-            problems.append(Problem("data.sources.weight", f"must be a positive number for {manifest.name}", weight))
-        if arguments.split not in manifest.splits:
-            hint = f"splits of {manifest.name}: {', '.join(sorted(manifest.splits)) or 'none'}"
-            problems.append(Problem(str(manifest.path), "the data set has no such split", arguments.split, hint))
-    tokenizers = {manifest.tokenizer_fingerprint: manifest.name for manifest, _ in arguments.sources}
-    if len(tokenizers) > 1:
-        rule = f"all sources must be built with one tokenizer, {' and '.join(tokenizers.values())} differ"
-        problems.append(Problem("data.sources", rule, hint="build them again with the same --tokenizer"))
-    if problems:
-        raise DataError(problems, title="no plan can be made")
-
-
-def _check_targets(arguments: _Arguments, tables: list[WindowTable]) -> None:
+def _check_targets(arguments: Arguments, tables: list[WindowTable]) -> None:
     problems = []
     for (manifest, _), table in zip(arguments.sources, tables, strict=True):
         if table.total_pairs == 0:

@@ -1,59 +1,103 @@
-"""The items of one rank's stream as a lazy source of Ray Data: a task makes a run of consecutive items, one to a block.
+"""The items of one rank's stream as a lazy data set of Ray: its items in order, one to a block.
 
-A source of our own, since ``ray.data.range`` always asks for a whole CPU, which workers may have left none of.
+One at a time, a task makes a run of consecutive items. Several at a time, a task only counts them, and each item is
+made by a task of its own. A source of our own, since ``ray.data.range`` always asks for a whole CPU, which workers may
+have left none of. All tasks of a rank together never ask for more than ``_TASK_CPUS``: what preflight leaves for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
+import ray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from glowflow.data.items import ItemMaker
 
-__all__ = ["ItemSource"]
+__all__ = ["ItemSource", "items_dataset"]
+
+_TASK_CPUS = 0.25  # small enough that a task runs beside workers that hold most of the CPUs
+_COUNTING_CPUS = 0.01
+_NUMBER_BYTES = 64  # of the table of one number
+_MAX_TASKS = 256  # tasks of one stream, each for a run of consecutive items, so that it stays in its windows
 
 
 class ItemSource(Datasource):
-    """Items 0..num_items-1 in order.
+    """Numbers 0..num_items-1 in order, and what is made of each.
 
     Args:
-        maker: makes the table of one item.
-        item_bytes: about how large an item is.
-        max_tasks: how many tasks the items are spread over at most.
+        num_items: how many.
+        table: makes the table of one number.
+        table_bytes: about how large it is.
     """
 
-    def __init__(self, maker: ItemMaker, item_bytes: int, max_tasks: int) -> None:
+    def __init__(self, num_items: int, table: Callable[[int], Any], table_bytes: int) -> None:
         super().__init__()
-        self._maker, self._item_bytes = maker, item_bytes
-        self._items_per_task = -(-maker.num_items // max_tasks)
+        self._num_items, self._table, self._table_bytes = num_items, table, table_bytes
+        self._items_per_task = -(-num_items // _MAX_TASKS)
 
     def get_name(self) -> str:
         return "Items"
 
     @property
     def num_tasks(self) -> int:
-        return -(-self._maker.num_items // self._items_per_task)
+        return -(-self._num_items // self._items_per_task)
 
     def estimate_inmemory_data_size(self) -> int | None:
-        return self._maker.num_items * self._item_bytes
+        return self._num_items * self._table_bytes
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
         """One task for each run of items; how parallel Ray would like it does not change the runs."""
-        starts = range(0, self._maker.num_items, self._items_per_task)
-        return [self._task(start, min(start + self._items_per_task, self._maker.num_items)) for start in starts]
+        starts = range(0, self._num_items, self._items_per_task)
+        return [self._task(start, min(start + self._items_per_task, self._num_items)) for start in starts]
 
     def _task(self, first: int, last: int) -> ReadTask:
-        maker = self._maker
+        table = self._table
 
         def tables() -> Iterator[pa.Table]:
             for item in range(first, last):
-                yield maker.table(item)
+                yield table(item)
 
         metadata = BlockMetadata(
-            num_rows=last - first, size_bytes=(last - first) * self._item_bytes, input_files=None, exec_stats=None
+            num_rows=last - first, size_bytes=(last - first) * self._table_bytes, input_files=None, exec_stats=None
         )
         return ReadTask(tables, metadata)
+
+
+def items_dataset(maker: ItemMaker, item_bytes: int, parallel: int) -> Any:
+    """The lazy data set, under the current data context.
+
+    Args:
+        maker: makes the table of one item.
+        item_bytes: about how large an item is.
+        parallel: items that are made at the same time.
+    """
+    if parallel == 1:
+        # One task at a time: its successor could only fill the store with what is not yet due.
+        source = ItemSource(maker.num_items, maker.table, item_bytes)
+        return _read(source, _TASK_CPUS)
+    counted = _read(ItemSource(maker.num_items, _number, _NUMBER_BYTES), _COUNTING_CPUS)
+    # Another amount of CPU than that of counting, or Ray would fuse the two into one task after the other.
+    cpus = (_TASK_CPUS - _COUNTING_CPUS) / parallel
+    tasks = ray.data.TaskPoolStrategy(size=parallel)
+    return counted.map_batches(_made(maker), batch_size=None, batch_format="pyarrow", num_cpus=cpus, compute=tasks)
+
+
+def _read(source: ItemSource, cpus: float) -> Any:
+    return ray.data.read_datasource(source, num_cpus=cpus, concurrency=1, override_num_blocks=source.num_tasks)
+
+
+def _number(item: int) -> pa.Table:
+    return pa.table({"id": pa.array([item], pa.int64())})
+
+
+def _made(maker: ItemMaker) -> Callable[[pa.Table], pa.Table]:
+    """What makes the items of a table of numbers."""
+
+    def make(numbers: pa.Table) -> pa.Table:
+        return pa.concat_tables([maker.table(item) for item in numbers["id"].to_pylist()])
+
+    return make

@@ -62,7 +62,7 @@ def test_epochs_are_shuffled_differently(manifest: Manifest, layout: str) -> Non
 
 
 def test_the_order_is_the_published_one(manifest: Manifest) -> None:
-    """Changing it breaks the resume of running experiments: raise ``ALGORITHM`` in plan.py with these values."""
+    """Changing it breaks the resume of running experiments: raise ``ALGORITHM`` in arguments.py with these values."""
     digests = {}
     for layout in ("packed", "lanes"):
         made = plan([(manifest, 2.0), (manifest, 1.0)], **BASE, layout=layout)

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.journey
 
 from glowflow.config.errors import DataError  # noqa: E402
+from glowflow.config.loader import load_config  # noqa: E402
 from glowflow.core.batch import Batch, StepBatches  # noqa: E402
 from glowflow.data.manifest import Manifest  # noqa: E402
 from glowflow.data.plan import Plan, plan  # noqa: E402
+from glowflow.data.samples.view import media_view  # noqa: E402
 from glowflow.data.stream import local_stream, ray_stream  # noqa: E402
+from tests.data.media_sets import MIXED, mixed_rows, write_media_set  # noqa: E402
 from tests.data.synthetic import numbered_documents, write_dataset  # noqa: E402
 
 STORE_BYTES = 100 << 20
@@ -61,6 +65,10 @@ def check_equal(one: StepBatches, other: StepBatches) -> None:
         for name, value in tensors(a).items():
             assert value.dtype == tensors(b)[name].dtype
             assert torch.equal(value, tensors(b)[name]), name
+        assert a.modalities.keys() == b.modalities.keys()
+        for modality, media in a.modalities.items():
+            for name, value in vars(media).items():
+                assert torch.equal(value, vars(b.modalities[modality])[name]), (modality, name)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +84,35 @@ def test_equals_the_local_stream_from_any_step(
     for one, other in zip(remote, local, strict=True):
         check_equal(one, other)
     assert remote[0].wait_seconds > 0
+
+
+def test_samples_with_media_stream_as_they_do_locally_on_one_rank_or_two(cluster: str, tmp_path: Path) -> None:
+    """Text, pictures and recordings with missing modalities, one blank among them; with 1 and 3 items at once."""
+    rows = mixed_rows(70, sizes=(8, 12, 20))
+    rows[8].audio = [b"no recording"]
+    rows[8].facts = {"audio": [(400, 8000)]}
+    built = write_media_set(tmp_path, {"train": rows})
+    view = media_view(load_config(MIXED), training=True)
+    made = plan([(built, 1.0)], seed=1, context=128, global_batch=4, layout="bucketed", view=view)
+    whole = list(local_stream(made, 3, 40, grad_accum_steps=2))
+    together: list[list[StepBatches]] = []
+    for world_size, parallel in ((1, 3), (2, 1)):
+        streams = []
+        for rank in range(world_size):
+            arguments = {"rank": rank, "world_size": world_size, "grad_accum_steps": 2 // world_size}
+            streams.append(list(ray_stream(made, 3, 40, **arguments, steps_per_item=5, parallel_items=parallel)))
+        together.append(
+            [
+                replace(parts[0], micro_batches=[batch for part in parts for batch in part.micro_batches])
+                for parts in zip(*streams, strict=True)
+            ]
+        )
+        blanks = [bad for stream in streams for step in stream for bad in step.bad_samples]
+        assert set(blanks) == {("audio_header", "file-8 (document 8)")}
+        assert len(blanks) in (2, 3)
+    for steps in together:
+        for one, other in zip(steps, whole, strict=True):
+            check_equal(one, other)
 
 
 def test_closing_early_frees_the_cpus_and_the_next_stream_runs(cluster: str, manifest: Manifest) -> None:

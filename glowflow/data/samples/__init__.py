@@ -1,0 +1,1 @@
+"""Samples with media: one row of a shard is one sequence."""

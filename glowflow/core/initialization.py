@@ -42,13 +42,22 @@ def draw(spec: InitSpec, shape: torch.Size | tuple[int, ...], seed: int, name: s
 def initialize(module: BaseArchitecture, seed: int) -> None:
     """Fill all parameters in place, sharded or not, and recompute the buffers.
 
+    Where the architecture has weights to start from (``initial_weights``), those are taken.
+
     Args:
         module: the architecture, off the meta device (``to_empty``), perhaps under ``fully_shard``.
         seed: ``training.seed``.
+
+    Raises:
+        CheckpointError: weights to start from cannot be read, or do not fit.
     """
+    given = module.initial_weights()
     for raw_name, parameter in module.named_parameters():
         name = qualified_name(raw_name)
-        copy_full(draw(module.init_spec(name), parameter.shape, seed, name, parameter.dtype), parameter)
+        if name in given:
+            copy_full(given[name], parameter)
+        else:
+            copy_full(draw(module.init_spec(name), parameter.shape, seed, name, parameter.dtype), parameter)
     module.reset_buffers()
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from glowflow.config.architectures import DecoderConfig
 from glowflow.config.errors import CheckpointError, ConfigError, GlowFlowError, Problem
+from glowflow.config.multimodal import MultimodalConfig
 from glowflow.config.registry import ARCHITECTURES, load_object
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.core.architectures.base import BaseArchitecture
@@ -71,9 +72,11 @@ def build_module(config: GlowFlowConfig, device: torch.device | str = "meta") ->
     Raises:
         ConfigError: the name is not registered, or the vocabulary size is not known.
     """
-    target = architecture_class(config.model.arch)
+    target, section = architecture_class(config.model.arch), config.model
+    if isinstance(section, MultimodalConfig):
+        section = section.reading(image=config.data.image.channels, audio=config.data.audio.mels)
     with torch.device(device):
-        return target(config.model)
+        return target(section)
 
 
 class StreamOptions(TypedDict, total=False):

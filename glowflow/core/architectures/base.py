@@ -10,6 +10,7 @@ Shapes: B sequences, T positions, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
@@ -131,6 +132,10 @@ class BaseArchitecture(nn.Module):
         if self.get_parameter(name).ndim > 1:
             return InitSpec("normal", 0.02)
         return InitSpec("zeros" if name.endswith("bias") else "ones")
+
+    def initial_weights(self) -> Mapping[str, Tensor]:
+        """Whole weights, by name, that take the place of drawn ones when the model starts. Default: none."""
+        return {}
 
     def reset_buffers(self) -> None:
         """Recompute the buffers that are functions of the config (rotary tables); needed after ``to_empty``."""

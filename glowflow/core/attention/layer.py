@@ -1,6 +1,6 @@
 """Self-attention with a softmax, of any kind: project, give positions, attend, project back.
 
-Legend: B batch, T positions, D width, H heads, K key/value heads, W head width.
+Legend: B batch, T positions, D width, H heads, K key/value heads, W head width, N channels of q, k and v together.
 """
 
 from __future__ import annotations
@@ -95,14 +95,18 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_btd: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
+        output: Tensor = self.out(self.between(self.qkv(x_btd), x_btd, context))
+        return output
+
+    def between(self, qkv_btn: Tensor, x_btd: Tensor | None, context: AttentionContext) -> Tensor:
+        """What is between the two projections, (B, T, N) -> (B, T, H*W); ``x_btd`` is not read."""
         q_bhtw, k_bktw, v_bktw = split_heads(
-            self.qkv(x_btd), self.spec, context.tables if self.rotary else None, self.q_norm, self.k_norm
+            qkv_btn, self.spec, context.tables if self.rotary else None, self.q_norm, self.k_norm
         )
         part = None if context.cache is None else context.cache.layers[self.layer]
         assert part is None or isinstance(part, FullKV | RingKV)
         y_bhtw = attend(q_bhtw, k_bktw, v_bktw, self.spec_at(context.length), context, part, self.training)
-        output: Tensor = self.out(y_bhtw.transpose(1, 2).flatten(2))
-        return output
+        return y_bhtw.transpose(1, 2).flatten(2)
 
     def spec_at(self, length: int) -> AttentionSpec:
         """What is computed for a sequence of this length; the same on every rank, since it is a number of the host."""

@@ -1,6 +1,7 @@
-"""Text from a model: sampling, beam search, and speculative decoding with a smaller model."""
+"""Text from a model: sampling, beam search, speculative decoding with a smaller model, and prompts with media."""
 
 from glowflow.core.generation.beam import Hypothesis, beam_search
+from glowflow.core.generation.conditioned import ConditionedModule
 from glowflow.core.generation.decoding import Completion, TokenScore, generate, generate_batch
 from glowflow.core.generation.sampling import SamplingOptions, next_token_probabilities
 from glowflow.core.generation.speculative import Speculation, speculate
@@ -8,6 +9,7 @@ from glowflow.core.generation.text import TextStream
 
 __all__ = [
     "Completion",
+    "ConditionedModule",
     "Hypothesis",
     "SamplingOptions",
     "Speculation",

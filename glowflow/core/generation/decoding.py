@@ -130,7 +130,7 @@ def generate_batch(
         raise ConfigError(Problem("batch_size", "must be at least 1", batch_size))
     texts = _texts(module, prompts, max_new_tokens, context, truncate_prompt, cached)
     for batch in _batches(texts, batch_size, context):
-        reader = open_reader(module, len(batch), context, cached)
+        reader = open_reader(module, len(batch), context, cached, [text.number for text in batch])
         for _ in _grow(reader, batch, max_new_tokens, options, ends or _never, log_probs):
             pass
     return [text.completion for text in texts]
@@ -153,6 +153,9 @@ def _texts(
     if not cached and remembers(module, context):
         for prompt in checked:
             whole_text(module, prompt, max_new_tokens, context, "a model with memory, read without a cache,")
+    if hasattr(module, "for_texts"):
+        for prompt in checked:
+            whole_text(module, prompt, max_new_tokens, context, "a prompt with media")
     return [_Text(number, prompt) for number, prompt in enumerate(checked)]
 
 

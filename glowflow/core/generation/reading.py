@@ -139,15 +139,17 @@ class WholeReader(Reader):
     def restart(self) -> None:
         self.room = self.context
         self._mark = 0
+        self._rows = list(range(self.num_texts))  # which of the texts at the start each row is
         self._read_nt = torch.empty(self.num_texts, 0, dtype=torch.int64, device=self.device)
 
     def _scores(self, tokens_nt: Tensor, every: bool) -> Tensor:
         self._read_nt = torch.cat((self._read_nt, tokens_nt), dim=1)
-        output, _ = self.module(_batch_of(self._read_nt), compute_loss=False)
+        output, _ = self.module(_batch_of(self._read_nt, self._rows), compute_loss=False)
         return self.module.logits(output.hidden[:, -tokens_nt.shape[1] if every else -1 :])
 
     def select(self, texts: Sequence[int]) -> None:
         self._read_nt = self._read_nt[list(texts)]
+        self._rows = [self._rows[text] for text in texts]
         self.num_texts = len(texts)
 
     def mark(self) -> None:
@@ -158,8 +160,18 @@ class WholeReader(Reader):
         self._read_nt = self._read_nt[:, : self._mark + count]
 
 
-def open_reader(module: BaseArchitecture, num_texts: int, context: int, cached: bool) -> Reader:
-    """A reader that goes on from a cache, or one that reads everything anew."""
+def open_reader(
+    module: BaseArchitecture, num_texts: int, context: int, cached: bool, numbers: Sequence[int] | None = None
+) -> Reader:
+    """A reader that goes on from a cache, or one that reads everything anew.
+
+    Args:
+        numbers: of the texts among all prompts, for a module with something of its own for each of them
+            (``for_texts``, see ``conditioned.py``); default: 0, 1, 2 ...
+    """
+    for_texts: Any = getattr(module, "for_texts", None)
+    if for_texts is not None:
+        module = for_texts(range(num_texts) if numbers is None else numbers)
     return CachedReader(module, num_texts, context) if cached else WholeReader(module, num_texts, context)
 
 
@@ -176,17 +188,17 @@ def evaluating(module: BaseArchitecture) -> Iterator[None]:
         module.train()
 
 
-def _batch_of(tokens_nt: Tensor) -> Batch:
-    """Texts without targets, one document each."""
-    rows, nothing_nt = tokens_nt.shape[0], torch.zeros_like(tokens_nt)
+def _batch_of(tokens_nt: Tensor, rows: Sequence[int]) -> Batch:
+    """Texts without targets, one document each; ``rows`` says which of the reader's texts they are."""
+    nothing_nt = torch.zeros_like(tokens_nt)
     return Batch(
         tokens=tokens_nt,
         targets=nothing_nt,
         loss_weights=nothing_nt.float(),
         positions=torch.arange(tokens_nt.shape[1], device=tokens_nt.device).expand_as(tokens_nt),
         document_ids=nothing_nt,
-        sample_ids=torch.arange(rows, device=tokens_nt.device),
-        reset=torch.ones(rows, dtype=torch.bool, device=tokens_nt.device),
+        sample_ids=torch.tensor(rows, device=tokens_nt.device),
+        reset=torch.ones(len(rows), dtype=torch.bool, device=tokens_nt.device),
         single_document=True,
     )
 

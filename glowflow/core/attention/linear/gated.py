@@ -88,18 +88,21 @@ class GatedAttention(nn.Module):
 
     def forward(self, x_btd: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
+        output: Tensor = self.out(self.between(self.qkv(x_btd), x_btd, context))
+        return output
+
+    def between(self, qkv_btn: Tensor, x_btd: Tensor, context: AttentionContext) -> Tensor:
+        """What is between the two projections, (B, T, N), (B, T, D) -> (B, T, H*W)."""
         state = ring = None
         if context.cache is not None:
             memory = context.cache.layers[self.layer]
             assert isinstance(memory, GatedCache)
             state, ring = memory.linear, memory.window
-        qkv_btn = self.qkv(x_btd)
         linear_bthw = self.recurrence(qkv_btn, x_btd, context, state)
         window_bthw = self._window(qkv_btn, context, ring)
         gate_bth1 = torch.sigmoid(self.mix(x_btd)).unsqueeze(-1)
         y_bthw = torch.lerp(linear_bthw, window_bthw.to(linear_bthw.dtype), gate_bth1.to(linear_bthw.dtype))
-        output: Tensor = self.out(y_bthw.flatten(2))
-        return output
+        return y_bthw.flatten(2)
 
     def _window(self, qkv_btn: Tensor, context: AttentionContext, memory: FullKV | RingKV | None) -> Tensor:
         tables = context.tables if self.rotary else None

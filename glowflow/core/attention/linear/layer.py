@@ -170,13 +170,17 @@ class LinearAttention(nn.Module):
 
     def forward(self, x_btd: Tensor, context: AttentionContext) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
+        output: Tensor = self.out(self.between(self.qkv(x_btd), x_btd, context))
+        return output
+
+    def between(self, qkv_btn: Tensor, x_btd: Tensor, context: AttentionContext) -> Tensor:
+        """What is between the two projections, (B, T, N), (B, T, D) -> (B, T, H*W)."""
         memory = None
         if context.cache is not None:
             memory = context.cache.layers[self.layer]
             assert isinstance(memory, StateCache)
-        y_bthw = self.recurrence(self.qkv(x_btd), x_btd, context, memory)
-        output: Tensor = self.out(y_bthw.flatten(2))
-        return output
+        y_bthw: Tensor = self.recurrence(qkv_btn, x_btd, context, memory)
+        return y_bthw.flatten(2)
 
     def new_cache(self, batch_size: int, max_length: int, device: torch.device | str, dtype: torch.dtype) -> StateCache:
         """This layer's empty memory; it grows to one state per head with the first position, and then no more."""

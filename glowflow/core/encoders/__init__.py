@@ -1,0 +1,1 @@
+"""Encoders: from prepared pictures and spectrograms to tokens of the model's width."""

@@ -1,0 +1,1 @@
+"""Fusion: how tokens of media and text come together; ``model.fusion`` names one."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["plan", "plan_document"]
 
 _GUESSED_VOCABULARY = 50304
+_GUESSED_CLASSES = 10
 
 
 @click.command()
@@ -40,32 +41,38 @@ def plan_document(config: GlowFlowConfig, vram: float | None = None) -> dict[str
     from glowflow.core.architectures.validation import validate_architecture
     from glowflow.core.model import GlowFlowModel
     from glowflow.orchestration.preflight import resolve_accelerator
+    from glowflow.training.fake_batches import media_sizes
     from glowflow.training.precision import precision_warnings
 
-    found, vocabulary, data_note = _data(config)
-    if config.model.vocab_size is None:
-        config = GlowFlowModel(config, {"vocab_size": vocabulary}).config
+    config, found, data_note = _data(config)
     notes = validate_architecture(config)
     accelerator = resolve_accelerator(config, joined=False)
     device = "cuda" if accelerator == "gpu" or vram is not None else "cpu"
     model = GlowFlowModel(config)
-    tokens_per_step = config.training.batch_size * config.data.context
+    steps, batch_size = config.training.max_steps, config.training.batch_size
+    # Samples with media are of unequal length, which is known only once they are read.
+    tokens_per_step = None if config.layout == "bucketed" else batch_size * config.data.context
+    tokens = None if tokens_per_step is None else tokens_per_step * steps
     document: dict[str, Any] = {
         "config": to_dict(config),
         "parameters": model.num_parameters(),
         "parameters_without_embedding": model.num_parameters(embedding=False),
+        "parameters_by_part": _parts(config),
         "vocab_size": config.model.vocab_size,
         "data": data_note,
+        "samples_per_step": batch_size,
         "tokens_per_step": tokens_per_step,
-        "steps": config.training.max_steps,
-        "tokens": tokens_per_step * config.training.max_steps,
+        "steps": steps,
+        "tokens": tokens,
         "epochs": None,
-        "flops": _flops(model, tokens_per_step * config.training.max_steps),
+        "flops_per_token": _flops_per_token(model),
+        "flops": None,
         "workers": config.resources.workers,
         "micro_batch_size": config.micro_batch_size,
         "grad_accum_steps": config.grad_accum_steps,
         "accelerator": accelerator,
         "memory_per_worker": _memory(config, device),
+        "media_sizes": {name: list(size) for name, size in media_sizes(config).items()},
         "attention": _attention(config, device),
         "warnings": [
             *warnings(config),
@@ -73,47 +80,73 @@ def plan_document(config: GlowFlowConfig, vram: float | None = None) -> dict[str
             *(precision_warnings(config.training.precision, torch.device("cpu")) if device == "cpu" else []),
         ],
     }
+    if document["flops_per_token"] is not None and tokens is not None:
+        document["flops"] = tokens * document["flops_per_token"]
     if found is not None:
-        document["epochs"] = config.training.max_steps * config.training.batch_size / found
+        document["epochs"] = steps * batch_size / found
     if vram is not None:
         document["vram"] = _fits(config, vram)
     return document
 
 
-def _flops(model: GlowFlowModel, tokens: int) -> float | None:
-    """Operations of the whole training; None where a custom architecture does not count them."""
+def _flops_per_token(model: GlowFlowModel) -> float | None:
+    """Operations of one training token; None where a custom architecture does not count them."""
     try:
-        return tokens * model.flops_per_token()
+        return model.flops_per_token()
     except NotImplementedError:
         return None
 
 
-def _data(config: GlowFlowConfig) -> tuple[int | None, int, str]:
-    """(sequences per epoch if the data is built, size of the vocabulary, a sentence)."""
-    from glowflow.data.plan import plan as make_plan
-    from glowflow.data.prepare import expected_vocabulary, find_built
+def _parts(config: GlowFlowConfig) -> dict[str, int]:
+    """Parameters of the model's direct parts, such as its encoders; {} of architectures for text alone."""
+    from glowflow.config.multimodal import MultimodalConfig
+    from glowflow.core.model import build_module
+
+    if not isinstance(config.model, MultimodalConfig):
+        return {}
+    counts: dict[str, int] = {}
+    for name, parameter in build_module(config, "meta").named_parameters():
+        part = name.partition(".")[0]
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
+
+
+def _data(config: GlowFlowConfig) -> tuple[GlowFlowConfig, int | None, str]:
+    """(the config with what the model takes from the data, sequences per epoch if they are built, a sentence)."""
+    from glowflow.data.prepare import find_built
+    from glowflow.training.data_sizes import with_data_sizes
+    from glowflow.training.plans import training_plan
 
     built = find_built(config.data)
     if built is None:
-        known = expected_vocabulary(config.data)
-        sentence = "not built yet (train builds it)"
-        if known is None and config.model.vocab_size is None:
+        return _with_guesses(config)
+    config = with_data_sizes(config, [manifest for manifest, _ in built])
+    manifest = built[0][0]
+    split = manifest.split(config.data.train_split)
+    what = f"{split.rows:,} samples" if manifest.media else f"{split.documents:,} documents"
+    sentence = f"{manifest.name}: {what}, {split.tokens:,} tokens, {human_bytes(split.text_bytes)}"
+    if manifest.media:
+        sentence += (
+            f" of text, {manifest.media.get('images', 0):,} pictures, {manifest.media.get('audio', 0):,} recordings"
+        )
+    return config, training_plan(config, built).sequences_per_epoch, sentence
+
+
+def _with_guesses(config: GlowFlowConfig) -> tuple[GlowFlowConfig, None, str]:
+    """Of data that are not built: what is known of them beforehand, and a guess at the rest."""
+    from glowflow.data.prepare import expected_vocabulary
+
+    known, sizes, sentence = expected_vocabulary(config.data), {}, "not built yet (train builds it)"
+    if config.model.vocab_size is None:
+        sizes["vocab_size"] = known or _GUESSED_VOCABULARY
+        if known is None:
             sentence += f"; the tokenizer is not known, {_GUESSED_VOCABULARY:,} tokens are assumed"
-        return None, config.model.vocab_size or known or _GUESSED_VOCABULARY, sentence
-    made = make_plan(
-        built,
-        seed=config.training.seed,
-        context=config.data.context,
-        global_batch=config.training.batch_size,
-        layout=config.layout,
-        split=config.data.train_split,
-        window_tokens=config.data.window_tokens,
-    )
-    split = built[0][0].split(config.data.train_split)
-    sentence = (
-        f"{built[0][0].name}: {split.documents:,} documents, {split.tokens:,} tokens, {human_bytes(split.text_bytes)}"
-    )
-    return made.sequences_per_epoch, built[0][0].tokenizer().vocab_size, sentence
+    classifies = getattr(config.model, "task", None) == "classification"
+    if classifies and getattr(config.model, "num_classes", None) is None:
+        sizes["num_classes"] = _GUESSED_CLASSES
+        sentence += f"; the labels are not known, {_GUESSED_CLASSES} classes are assumed"
+    model = config.model.model_copy(update=sizes)
+    return config.model_copy(update={"model": model}), None, sentence
 
 
 def _memory(config: GlowFlowConfig, device: str) -> dict[str, float]:
@@ -163,7 +196,7 @@ def _print(document: dict[str, Any]) -> None:
     click.echo(to_yaml(load_config(document["config"])).rstrip())
     click.echo("\n" + table(["", ""], _rows(document)).split("\n", 2)[2])
     memory = document["memory_per_worker"]
-    click.echo("\nmemory per worker (estimate)")
+    click.echo(f"\nmemory per worker (estimate{_assumed(document)})")
     click.echo("\n".join(f"  {name:<12} {human_bytes(value):>12}" for name, value in memory.items()))
     if document["attention"]:
         click.echo("\nattention kernels")
@@ -182,15 +215,43 @@ def _rows(document: dict[str, Any]) -> list[list[str]]:
     epochs = "" if document["epochs"] is None else f" ({document['epochs']:.2f} epochs)"
     looked_up = document["parameters"] - document["parameters_without_embedding"]
     only = f" ({looked_up:,} of them looked up only)" if looked_up else ""
-    each, total = document["tokens_per_step"], human_count(document["tokens"])
     split = f"micro-batch {document['micro_batch_size']}, {document['grad_accum_steps']} per step"
+    parts = "".join(f", {name} {count:,}" for name, count in document["parameters_by_part"].items())
     return [
         ["parameters", f"{document['parameters']:,}{only}"],
+        *([["of which", parts.removeprefix(", ")]] if parts else []),
         ["data", document["data"]],
-        ["steps", f"{document['steps']:,} of {each:,} tokens: {total} tokens{epochs}"],
-        ["compute", "not counted" if document["flops"] is None else f"{document['flops']:.3g} FLOPs"],
+        ["steps", f"{document['steps']:,} of {_per_step(document)}{epochs}"],
+        ["compute", _compute(document)],
         ["workers", f"{document['workers']} on {document['accelerator']}, {split}"],
     ]
+
+
+def _per_step(document: dict[str, Any]) -> str:
+    each, total = document["tokens_per_step"], document["tokens"]
+    if each is None:
+        return f"{document['samples_per_step']:,} samples"
+    return f"{each:,} tokens: {human_count(total)} tokens"
+
+
+def _compute(document: dict[str, Any]) -> str:
+    """Operations of the whole run, or of what can be known of it."""
+    if document["flops"] is not None:
+        return f"{document['flops']:.3g} FLOPs"
+    if document["flops_per_token"] is None:
+        return "not counted"
+    without = ", the encoders of media not counted" if document["media_sizes"] else ""
+    return f"{document['flops_per_token']:.3g} FLOPs per position{without}"
+
+
+def _assumed(document: dict[str, Any]) -> str:
+    """What the estimate of memory takes a sequence to be, where it has media."""
+    sizes = document["media_sizes"]
+    if not sizes:
+        return ""
+    named = {"image": "a picture of {} x {} pixels", "audio": "a recording of {} frames"}
+    each = " and ".join(named[name].format(*size) for name, size in sizes.items())
+    return f", with {each} in each sequence of {document['config']['data']['context']:,} tokens"
 
 
 def _print_fit(fit: dict[str, Any], size: int) -> None:

@@ -78,7 +78,7 @@ def _summary(record: dict[str, Any]) -> None:
     name, final = record["run"], record.get("final") or {}
     measured = ", ".join(
         f"{key} {final[key]:.4g}"
-        for key in ("train_loss", "val_loss", "perplexity", "val_bits_per_byte")
+        for key in ("train_loss", "val_loss", "perplexity", "val_bits_per_byte", "val_accuracy", "val_recall_at_1")
         if key in final
     )
     # Elsewhere than in the default storage a name alone would not be found.
@@ -86,6 +86,16 @@ def _summary(record: dict[str, Any]) -> None:
     target = shlex.quote(name if storage == Path("runs").absolute() else os.path.relpath(storage / name))
     note(f"{record['status'].lower()} {name}: {record['steps']:,} steps, {record['tokens']:,} tokens; {measured}")
     if record["status"] == "FINISHED":
-        note(f"next: glowflow eval {target} | glowflow generate {target} --prompt 'def ' | glowflow runs show {target}")
+        note(" | ".join(["next: glowflow eval " + target, *_writing(record, target), "glowflow runs show " + target]))
     elif record["status"] == "KILLED":
         note(f"go on with: glowflow train --resume {target}")
+
+
+def _writing(record: dict[str, Any], target: str) -> list[str]:
+    """The command that lets the model write, where it can."""
+    model = record["config"]["model"]
+    if model.get("task", "language_modelling") != "language_modelling":
+        return []
+    media = {"image": "--image FILE.jpg", "audio": "--audio FILE.wav"}
+    given = [option for name, option in media.items() if model["arch"] == "multimodal" and model.get(name) is not None]
+    return [" ".join(["glowflow generate", target, *(given or ["--prompt 'def '"])])]

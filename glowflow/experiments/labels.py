@@ -27,6 +27,8 @@ _UNITS = {
     "train_loss": "nats per target",
     "val_loss": "nats per target",
     "val_bits_per_byte": "bits per byte",
+    "val_accuracy": "share of samples",
+    "val_recall_at_1": "share of texts",
     "tokens_per_second": "tokens/s",
 }
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")

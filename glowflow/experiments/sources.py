@@ -63,6 +63,9 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int | None:
+        """Tokens of every step; None where they are not known, or not the same (samples of unequal length)."""
+        if self.params.get("model.arch") == "multimodal" or self.params.get("data.layout") == "bucketed":
+            return None
         batch, context = self.params.get("training.batch_size"), self.params.get("data.context")
         return batch * context if isinstance(batch, int) and isinstance(context, int) else None
 

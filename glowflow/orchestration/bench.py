@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,11 +102,19 @@ def _run_pipeline(config: GlowFlowConfig, local: bool, warmup: int) -> Measureme
     waits = [logged["data_wait_share"][step] for step in steady]
     return Measurement(
         step_ms=[logged["step_time_ms"][step] for step in steady],
-        tokens_per_step=config.training.batch_size * config.data.context,
+        tokens_per_step=_tokens_per_step(config, logged["tokens"]),
         data_wait_share=sum(waits) / len(waits),
         seconds_to_first_step=_seconds_to_first_step(run_dir),
         details={"run": record.run, "threads": config.training.threads},
     )
+
+
+def _tokens_per_step(config: GlowFlowConfig, tokens: Mapping[int, float]) -> int:
+    """Of sequences of one length; of samples of unequal length the mean over the run."""
+    if config.layout != "bucketed":
+        return config.training.batch_size * config.data.context
+    last = max(tokens)
+    return round(tokens[last] / last)
 
 
 def _seconds_to_first_step(run_dir: Path) -> float:

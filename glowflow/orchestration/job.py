@@ -205,7 +205,7 @@ def _close(job: Job, status: RunStatus, began: float, result: Mapping[str, Any],
     record.checkpoints = checkpoints
     # A run that broke off got as far as its newest checkpoint: what came after will be trained again.
     record.steps = int(result.get("steps") or (checkpoints[-1]["step"] if checkpoints else 0))
-    record.tokens = int(result.get("tokens") or record.steps * job.config.training.batch_size * job.config.data.context)
+    record.tokens = int(result.get("tokens") or _tokens_of(checkpoints))
     _close_tracking(job, status)
     record.save(job.run_dir)
 
@@ -218,6 +218,18 @@ def _complete_checkpoints(run_dir: Path) -> list[dict[str, Any]]:
         for info in list_checkpoints(run_dir)
         if info.complete
     ]
+
+
+def _tokens_of(checkpoints: list[dict[str, Any]]) -> int:
+    """Tokens that the newest checkpoint was trained on."""
+    from glowflow.training.markers import read_extra
+
+    if not checkpoints:
+        return 0
+    try:
+        return int(read_extra(Path(checkpoints[-1]["path"]))["tokens"])
+    except (GlowFlowError, KeyError):  # it is damaged: whoever resumes will be told
+        return 0
 
 
 def _explain(job: Job, error: BaseException) -> BaseException:

@@ -205,8 +205,11 @@ class TrainingPipeline:
     # -- one run ------------------------------------------------------------------------------------------------------
 
     def _run(self, config: GlowFlowConfig, point: ResumePoint | None, local: bool, progress: Any) -> RunRecord:
+        from glowflow.training.plans import training_plan
+
         if local:
             config = apply_overrides(config, {"resources.workers": 1})
+        config = apply_overrides(config, {key: str(path) for key, path in preflight.encoder_files(config).items()})
         display = make_progress(progress, config.training.monitor_metrics)
         if point is not None:
             _refuse_live(point.run_dir)
@@ -222,7 +225,8 @@ class TrainingPipeline:
                     preflight.check_cluster(config)
             display.phase("preparing the data ...")
             sources = _prepare(config, local, display, point, self._tokenizer())
-            config = self._with_vocabulary(config, sources[0][0])
+            config = self._with_sizes(config, [manifest for manifest, _ in sources])
+            training_plan(config, sources)  # whose checks are those of the workers
             return self._train(config, point, local, display, interrupts, sources)
 
     def _train(
@@ -270,11 +274,11 @@ class TrainingPipeline:
         name = config.tracking.run or new_run_name(self._stem or config.data.dataset)
         return create_run_dir(preflight.storage_dir(config), name)
 
-    def _with_vocabulary(self, config: GlowFlowConfig, manifest: Manifest) -> GlowFlowConfig:
-        """The config with the tokenizer's vocabulary size, checked against a model that already has weights."""
+    def _with_sizes(self, config: GlowFlowConfig, manifests: Sequence[Manifest]) -> GlowFlowConfig:
+        """The config with the sizes that the data give, checked against a model that already has weights."""
         from glowflow.core.model import build_module, state_dict_problems
 
-        sized = sized_config(config, manifest)
+        sized = sized_config(config, *manifests)
         if self._given is not None and self._given.touched:
             problems = state_dict_problems(build_module(sized), self._given.module.state_dict(), "model")
             if problems:
@@ -297,11 +301,15 @@ class TrainingPipeline:
             self._trained, self._loaded = export, None
 
 
-def sized_config(config: GlowFlowConfig, manifest: Manifest) -> GlowFlowConfig:
-    """The config with the vocabulary size of the data's tokenizer."""
-    from glowflow.core.model import GlowFlowModel
+def sized_config(config: GlowFlowConfig, *manifests: Manifest) -> GlowFlowConfig:
+    """The config with the vocabulary of the data's tokenizer and, for a classifier, the number of the data's labels.
 
-    return GlowFlowModel(config, {**manifest.tokenizer_spec, "vocab_size": manifest.tokenizer().vocab_size}).config
+    Raises:
+        ConfigError: the model cannot read these data.
+    """
+    from glowflow.training.data_sizes import with_data_sizes
+
+    return with_data_sizes(config, manifests)
 
 
 def _is_model(value: Any) -> TypeGuard[GlowFlowModel]:
@@ -347,12 +355,11 @@ def _refuse_live(run_dir: Path) -> None:
 def _prepare(
     config: GlowFlowConfig, local: bool, display: Progress, point: ResumePoint | None, tokenizer: Tokenizer | None
 ) -> list[tuple[Manifest, float]]:
-    """Built data sets, and a plan over them, whose checks are those of the workers.
+    """Built data sets.
 
     Raises:
         DataError: what is built already has another tokenizer than the weights to start from.
     """
-    from glowflow.data.plan import plan
     from glowflow.data.prepare import ensure_built
 
     def building(done: int, total: int, tokens: int) -> None:
@@ -364,16 +371,6 @@ def _prepare(
         sources = ensure_built(config.data, use_ray=not local, progress=building, tokenizer=tokenizer)
         if tokenizer is not None:
             _require_tokenizer(sources, tokenizer)
-    data, training = config.data, config.training
-    plan(
-        sources,
-        seed=training.seed,
-        context=data.context,
-        global_batch=training.batch_size,
-        layout=config.layout,
-        split=data.train_split,
-        window_tokens=data.window_tokens,
-    )
     return sources
 
 

@@ -17,10 +17,11 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from glowflow.config.errors import PreflightError, Problem
+from glowflow.config.multimodal import MultimodalConfig
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.orchestration import cluster
 
-__all__ = ["check_cluster", "preflight", "resolve_accelerator", "run_name_problem", "storage_dir"]
+__all__ = ["check_cluster", "encoder_files", "preflight", "resolve_accelerator", "run_name_problem", "storage_dir"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,11 @@ def preflight(config: GlowFlowConfig, *, local: bool, new_run: bool = True) -> l
 
     Raises:
         PreflightError: with all problems.
-        ConfigError: a custom architecture cannot be trained; with everything that is wrong with it.
+        ConfigError: a custom architecture cannot be trained, with everything that is wrong with it; or the worst
+            checkpoint would be kept as the best.
     """
     problems = [*_storage_problems(config, new_run), *_tracking_problems(config)]
+    problems += _encoder_problems(config) if new_run else []  # a run that goes on has these weights already
     address = None if local else cluster.ray_address(config)
     if address is not None:
         problem = cluster.address_problem(address)
@@ -58,6 +61,7 @@ def preflight(config: GlowFlowConfig, *, local: bool, new_run: bool = True) -> l
         problems += _machine_problems(config, local)
     if problems:
         raise PreflightError(problems, title=_TITLE)
+    _check_monitor(config)
     found = _architecture_warnings(config)
     if address is not None:
         return found
@@ -163,6 +167,20 @@ def _unwritable(directory: Path) -> Problem | None:
             path.rmdir()
 
 
+def encoder_files(config: GlowFlowConfig) -> dict[str, Path]:
+    """Config key -> absolute path of the weights that an encoder starts from (workers run in other directories)."""
+    if not isinstance(config.model, MultimodalConfig):
+        return {}
+    named = {f"model.{name}.checkpoint": getattr(config.model, name).checkpoint for name in config.model.modalities}
+    return {key: Path(path).expanduser().absolute() for key, path in named.items() if path is not None}
+
+
+def _encoder_problems(config: GlowFlowConfig) -> list[Problem]:
+    return [
+        Problem(key, "does not exist", str(path)) for key, path in encoder_files(config).items() if not path.is_file()
+    ]
+
+
 def _tracking_problems(config: GlowFlowConfig) -> list[Problem]:
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if config.tracking.backend != "mlflow" or not uri:
@@ -199,6 +217,13 @@ def _machine_problems(config: GlowFlowConfig, local: bool) -> list[Problem]:
 def _gpu_problem(wanted: int, there: int, where: str) -> Problem:
     rule = f"{wanted} worker{'s' if wanted > 1 else ''} need as many GPUs, {where} has {there or 'none'}"
     return Problem("resources.accelerator", rule, "gpu", "use `auto`, which takes what is there, or `cpu`")
+
+
+def _check_monitor(config: GlowFlowConfig) -> None:
+    from glowflow.training.callbacks.best import monitored_metric
+    from glowflow.training.passes import task_of
+
+    monitored_metric(config.training, task_of(config))
 
 
 def _architecture_warnings(config: GlowFlowConfig) -> list[str]:

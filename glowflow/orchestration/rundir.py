@@ -45,7 +45,10 @@ _SOURCES_NAME = "data.json"
 _MAY_CHANGE = (
     "model.attention.backend",
     "data.cache_dir",
+    "data.max_bad_fraction",
     "data.on_bad_file",
+    "data.on_bad_sample",
+    "data.parallel_items",
     "data.prefetch_items",
     "data.steps_per_item",
     "data.val_split",

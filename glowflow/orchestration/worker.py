@@ -95,7 +95,12 @@ def _train(args: WorkerArgs, settings: Mapping[str, Any], link: MonitorLink, tra
             tracker.log_checkpoint(step, path, metrics)
         link.checkpoint(step, path, metrics)
 
-    stream = functools.partial(ray_stream, steps_per_item=data.steps_per_item, prefetch_items=data.prefetch_items)
+    stream = functools.partial(
+        ray_stream,
+        steps_per_item=data.steps_per_item,
+        prefetch_items=data.prefetch_items,
+        parallel_items=data.parallel_items,
+    )
     return run_worker(
         args,
         open_stream=stream,

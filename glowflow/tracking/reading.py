@@ -61,7 +61,9 @@ class MlflowRun:
 
     @property
     def steps(self) -> int | None:
-        """How far it trained, from the tokens of its last log step."""
+        """How far it trained, from the tokens of its last log step; None where steps differ in their tokens."""
+        if self.params.get("model.arch") == "multimodal":
+            return None
         tokens, batch, context = self.metrics.get("tokens"), *map(self.params.get, _TOKENS_PER_STEP)
         return round(tokens / (batch * context)) if tokens is not None and batch and context else None
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.tensor import DTensor
 
 from glowflow.config.errors import CheckpointError, Problem
+from glowflow.config.media import MODALITIES
 from glowflow.core.model import state_dict_problems
 from glowflow.training.strategies.base import unwrap_module
 
@@ -42,6 +43,7 @@ MODEL, OPTIMIZER, CARRY = "model.", "optimizer.", "carry."
 
 # Keys of `model:` that may change between saving and loading: they do not alter what the weights compute.
 _FREE_KEYS = {"dropout", "attention.backend", "init_std"}
+_FREE_KEYS |= {f"{name}.{key}" for name in MODALITIES for key in ("checkpoint", "dropout", "frozen")}
 _MAX_SHOWN = 8
 
 

@@ -29,6 +29,7 @@ from glowflow.core.differentiation import twice_differentiable
 from glowflow.core.initialization import qualified_name
 from glowflow.core.optim.extra import HessianProduct, TakesExtraPass
 from glowflow.core.sharding import local_part, part_of
+from glowflow.training.passes import task_of
 from glowflow.training.precision import LossScaler, autocast
 from glowflow.training.seeds import derive_seed, seed_forward
 from glowflow.training.strategies import Strategy
@@ -48,6 +49,10 @@ def make_extra_passes(
     """
     if not isinstance(optimizer, TakesExtraPass):
         return None
+    if task_of(config) == "contrastive":
+        rule = "takes extra passes over some sequences, and a contrastive loss is no sum over sequences"
+        hint = "take another optimiser, for example adamw"
+        raise ConfigError(Problem("training.optimizer", rule, config.training.optimizer.name, hint))
     rows, batch_size = optimizer.extra_rows, config.training.batch_size
     if rows is not None and rows > batch_size:
         rule = f"must be at most training.batch_size, which is {batch_size}"

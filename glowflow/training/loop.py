@@ -4,9 +4,7 @@ One step is: the optimiser's extra pass where one is due (``hessian.py``), forwa
 clip, update, write a row of numbers into a buffer on the device. The host reads that buffer only at log steps
 (``log_interval``, and wherever something is validated or saved), so between them nothing waits for the device.
 
-The loss of a step is the sum over all tokens of the global batch over the number of its targets, which the plan knows
-beforehand: each micro-batch contributes ``loss_sum * world_size / global_weight`` and gradients are averaged over
-ranks, so accumulation and unequal padding change nothing.
+How a loss adds up over micro-batches and ranks is in ``passes.py``, that of pairs in ``contrastive.py``.
 """
 
 from __future__ import annotations
@@ -34,13 +32,15 @@ from glowflow.training.callbacks.base import Callback, LogRecord
 from glowflow.training.callbacks.best import monitored_metric
 from glowflow.training.carry import join_carries, split_carry
 from glowflow.training.checkpoint import CheckpointInfo, CheckpointStore, list_checkpoints, read_extra
+from glowflow.training.contrastive import ContrastivePasses
+from glowflow.training.counts import Counts
 from glowflow.training.hessian import make_extra_passes
 from glowflow.training.markers import checkpoint_path
 from glowflow.training.meters import StepBuffer, StepClock, memory_mib
-from glowflow.training.precision import LossScaler, autocast, name_steps, nonfinite_error
+from glowflow.training.passes import Passes, task_of
+from glowflow.training.precision import LossScaler, name_steps, nonfinite_error
 from glowflow.training.result import LoopResult
 from glowflow.training.schedulers import build_schedule
-from glowflow.training.seeds import seed_forward
 from glowflow.training.strategies import Strategy
 from glowflow.training.validation import validate
 
@@ -109,7 +109,7 @@ class TrainLoop:
         self.step = 0
         self.nonfinite_steps = 0
         self.latest: dict[str, float] = {}
-        self.tokens_per_step = training.batch_size * config.data.context
+        self.counts = Counts(config)
         self.schedule = build_schedule(training)
         self.scaler = LossScaler(self.device, enabled=training.precision == "fp16")
         self.buffer = StepBuffer(training.log_interval, self.device)
@@ -119,7 +119,7 @@ class TrainLoop:
             keep=training.keep_checkpoints,
             rank=strategy.rank,
             world_size=strategy.world_size,
-            best_metric=monitored_metric(training),
+            best_metric=monitored_metric(training, task_of(config)),
             best_mode=training.monitor_mode,
         )
         self.module: nn.Module = strategy.prepare(config, state_dict=inputs.initial_state)
@@ -128,6 +128,8 @@ class TrainLoop:
             rule = "must be able to skip a step on the device: honour `found_inf` and set `_step_supports_amp_scaling`"
             raise ConfigError(Problem("training.optimizer", rule, training.optimizer.name))
         self._extra = make_extra_passes(config, strategy, self.module, self.optimizer, self.scaler)
+        passes = ContrastivePasses if task_of(config) == "contrastive" else Passes
+        self._passes = passes(config, strategy, self.module, self.scaler)
         self._carries: list[Carry] = [None] * config.grad_accum_steps
         self._wait_seconds = 0.0
         self._pending: tuple[int, dict[str, float]] | None = None
@@ -158,8 +160,8 @@ class TrainLoop:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on so far, over all ranks (padding included)."""
-        return self.step * self.tokens_per_step
+        """Tokens trained on so far, over all ranks; of samples of unequal length as counted at the last log step."""
+        return self.counts.tokens(self.step)
 
     def _notify(self, event: str, *args: Any) -> None:
         for callback in self.callbacks:
@@ -184,6 +186,7 @@ class TrainLoop:
                 self.clock.stop()
                 self.step += 1
                 self._wait_seconds += batches.wait_seconds
+                self.counts.add(batches)
                 self._notify("on_step_end", batches)
                 if self._boundary():
                     return "KILLED"
@@ -215,18 +218,8 @@ class TrainLoop:
         self.buffer.append(losses[0], grad_norm, nonfinite, *losses[1:])
 
     def _forward_backward(self, batches: StepBatches) -> Tensor:
-        """Accumulate gradients; returns the step's global loss (and auxiliary loss), (1,) or (2,) float64."""
-        training, weight = self.config.training, max(float(batches.global_weight), 1.0)
-        total = torch.zeros(1, dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(batches.micro_batches):
-            seed_forward(training.seed, self.step, index, self.strategy.rank)
-            with self.strategy.accumulate(self.module, index == len(batches.micro_batches) - 1):
-                with autocast(training.precision, self.device):
-                    output, self._carries[index] = self.module(batch.to(self.device), self._carries[index])
-                self.scaler.apply(output.objective * (self.strategy.world_size / weight)).backward()
-            sums = [part.detach().double() for part in (output.loss_sum, output.aux_sum) if part is not None]
-            total = total + torch.stack(sums)
-        return self.strategy.all_reduce(total / weight)
+        """Accumulate gradients; returns the step's global loss and what is reported beside it, float64."""
+        return self._passes.run(batches, self._carries)
 
     # -- boundaries --------------------------------------------------------------------------------------------------
 
@@ -278,8 +271,9 @@ class TrainLoop:
         if complete_on_disk:
             pending, self._pending = self._pending, None
             self._announce(pending)
+        counted = self.counts.agree(self.strategy, len(rows))
         steps = range(self.step - len(rows) + 1, self.step + 1)
-        names = ("train_loss", "grad_norm", "nonfinite", "aux_loss")[: len(rows[0])]
+        names = ("train_loss", "grad_norm", "nonfinite", *self._passes.names[1:])
         columns = zip(names, zip(*rows, strict=True), strict=True)
         curve = {name: list(zip(steps, column, strict=True)) for name, column in columns}
         curve["lr"] = [(step, self.schedule(step - 1)) for step in steps]
@@ -292,11 +286,12 @@ class TrainLoop:
             "memory_mib": memory,
             "nonfinite_steps": float(self.nonfinite_steps),
         }
+        metrics |= self.counts.metrics()
         if self.scaler.enabled:
             metrics["loss_scale"] = float(self.scaler.scale)
         if self._extra is not None:
             metrics |= self._extra.shares()
-        record = LogRecord(self.step, metrics, curve, seconds, wait, len(rows) * self.tokens_per_step)
+        record = LogRecord(self.step, metrics, curve, seconds, wait, counted)
         self._notify("on_log", record)
         self.latest.update(record.metrics)
         self._check_finite(bad)
@@ -319,6 +314,7 @@ class TrainLoop:
             self.strategy,
             self.config.training.precision,
             self.inputs.val_bytes_per_token,
+            task_of(self.config),
         )
         self._notify("on_validation", self.step, metrics)
         self.latest.update(metrics)
@@ -377,6 +373,7 @@ class TrainLoop:
             "schedule": {"name": self.config.training.schedule, "lr": self.schedule(self.step)},
             "scaler": self.scaler.state_dict(),
             "nonfinite_steps": self.nonfinite_steps,
+            "bad_samples": self.counts.bad_samples,
             "callbacks": {type(c).__name__: state for c in self.callbacks if (state := c.state_dict())},
         }
 
@@ -392,6 +389,7 @@ class TrainLoop:
         self._carries = split_carry(loaded.get("carry"), len(self._carries), self.device)
         self.step = extra["step"]
         self.nonfinite_steps = extra["nonfinite_steps"]
+        self.counts.restore(extra["tokens"], extra.get("bad_samples", 0))
         self.scaler.load_state_dict(extra["scaler"])
         for callback in self.callbacks:
             if type(callback).__name__ in extra["callbacks"]:

@@ -2,16 +2,16 @@
 
 Nothing is allocated and no formula per architecture is kept: the model, one forward pass and one optimiser step run
 on fake tensors (torch's ``FakeTensorMode``), and what autograd saves and the optimiser keeps is added up. So custom
-architectures and optimisers are estimated too. What cannot be known beforehand (allocator slack, communication
+architectures and optimisers are estimated too. With media each sequence has one of each modality, at its largest
+prepared size (``fake_batches.py``). What cannot be known beforehand (allocator slack, communication
 buffers, the runtime itself) is one labelled line, ``reserve``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from glowflow.config.architectures import DecoderConfig
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.core.architectures.base import BaseArchitecture
-from glowflow.core.batch import Batch
 from glowflow.core.model import build_module
 from glowflow.core.optim import build_optimizer
 from glowflow.core.optim.extra import TakesExtraPass
+from glowflow.training.fake_batches import fake_batch
 from glowflow.training.precision import autocast, compute_dtype
 from glowflow.training.strategies.fsdp import GROUP_BYTES, KEEP_BYTES
 
@@ -123,7 +123,8 @@ class _Estimator:
             module = build_module(config, device="cpu")
             weights = _num_bytes(module.parameters()) / share
             gathered = _gathered_bytes(module, precision) if share > 1 else 0.0
-            self._fixed = (weights, weights, _optimizer_bytes(module, config) / share, gathered)
+            trained = _num_bytes([p for p in module.parameters() if p.requires_grad]) / share
+            self._fixed = (weights, trained, _optimizer_bytes(module, config) / share, gathered)
         # FSDP computes with gathered weights in the compute type, the others with casts that autograd keeps.
         self._dtype = compute_dtype(precision) if sharded else torch.float32
 
@@ -154,7 +155,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _num_bytes(tensors: Iterator[nn.Parameter] | list[Tensor]) -> float:
+def _num_bytes(tensors: Iterator[nn.Parameter] | Sequence[Tensor]) -> float:
     return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 
@@ -230,22 +231,8 @@ class _SavedBytes:
 def _activation_bytes(module: BaseArchitecture, config: GlowFlowConfig, size: int) -> tuple[float, float]:
     """What a forward pass keeps for the backward pass (the memory that it reads among it), and its new carry."""
     saved = _SavedBytes(module.train())
-    batch = _fake_batch(size, config.data.context, single=not config.data.document_mask)
+    batch = fake_batch(config, size)
     hooks: contextlib.AbstractContextManager[object] = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t)
     with hooks, autocast(config.training.precision, torch.device("cpu")):
         _, carry = module(batch)
     return saved.peak(config.training.activation_checkpointing), _num_bytes(list((carry or {}).values()))
-
-
-def _fake_batch(size: int, context: int, *, single: bool) -> Batch:
-    integers: dict[str, Any] = {
-        name: torch.zeros(size, context, dtype=torch.int64)
-        for name in ("tokens", "targets", "positions", "document_ids")
-    }
-    return Batch(
-        **integers,
-        loss_weights=torch.ones(size, context, dtype=torch.float32),
-        sample_ids=torch.zeros(size, dtype=torch.int64),
-        reset=torch.zeros(size, dtype=torch.bool),
-        single_document=single,
-    )

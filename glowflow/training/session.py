@@ -17,14 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from glowflow.config.errors import ConfigError, Problem
 from glowflow.config.loader import load_config
+from glowflow.config.multimodal import MultimodalConfig
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.core.allocator import keep_freed_memory
 from glowflow.core.batch import StepBatches
 from glowflow.core.model import read_single_file, require_parametrization
 from glowflow.data.manifest import Manifest
-from glowflow.data.plan import Plan, eval_plan, plan
+from glowflow.data.plan import Plan
+from glowflow.data.samples.plan import SamplePlan
 from glowflow.training.callbacks import (
     BestTracker,
     Callback,
@@ -38,7 +39,10 @@ from glowflow.training.callbacks import (
 )
 from glowflow.training.callbacks.points import Point
 from glowflow.training.checkpoint import latest_complete, read_extra
+from glowflow.training.data_sizes import with_data_sizes
 from glowflow.training.loop import LoopInputs, LoopResult, TrainLoop
+from glowflow.training.passes import task_of
+from glowflow.training.plans import training_plan, validation_bytes_per_token, validation_plan
 from glowflow.training.precision import precision_warnings
 from glowflow.training.seeds import choose_threads, seed_everything
 from glowflow.training.strategies import Strategy, make_strategy
@@ -56,7 +60,7 @@ class OpenStream(Protocol):
 
     def __call__(
         self,
-        plan: Plan,
+        plan: Plan | SamplePlan,
         start_step: int,
         stop_step: int,
         *,
@@ -140,7 +144,9 @@ def run_worker(
     run_dir = Path(args.run_dir)
     resume = _resume_path(args.resume, run_dir, rank, world_size)
     sources = [(Manifest.load(path), weight) for path, weight in args.sources]
-    config = _worker_config(args.config, sources[0][0], world_size)
+    config = _worker_config(args.config, [manifest for manifest, _ in sources], world_size)
+    if resume is not None:
+        config = _without_encoder_files(config)
     _set_threads(config, resume, local_world_size, rank)
     seed_everything(config.training.seed)
     if rank == 0:
@@ -156,17 +162,19 @@ def run_worker(
     return _summary(loop, loop.run(resume), resume)
 
 
-def _worker_config(values: Mapping[str, Any], manifest: Manifest, world_size: int) -> GlowFlowConfig:
-    """The config of this attempt: its number of workers, and the vocabulary of the data."""
+def _worker_config(values: Mapping[str, Any], manifests: Sequence[Manifest], world_size: int) -> GlowFlowConfig:
+    """The config of this attempt: its number of workers, and the sizes that the data give."""
     config = load_config({**values, "resources": {**values.get("resources", {}), "workers": world_size}})
-    vocab_size = manifest.tokenizer().vocab_size
-    if config.model.vocab_size is None:
-        return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
-    if config.model.vocab_size < vocab_size:
-        hint = "leave it out to take the tokenizer's"
-        rule = f"must be at least the {vocab_size} tokens of the tokenizer"
-        raise ConfigError(Problem("model.vocab_size", rule, config.model.vocab_size, hint))
-    return config
+    return with_data_sizes(config, manifests)
+
+
+def _without_encoder_files(config: GlowFlowConfig) -> GlowFlowConfig:
+    """The checkpoint that is resumed has the weights of encoders: the files that they came from may be gone."""
+    model = config.model
+    if not isinstance(model, MultimodalConfig):
+        return config
+    encoders = {name: getattr(model, name).model_copy(update={"checkpoint": None}) for name in model.modalities}
+    return config.model_copy(update={"model": model.model_copy(update=encoders)})
 
 
 def _resume_path(resume: str | None, run_dir: Path, rank: int, world_size: int) -> Path | None:
@@ -204,37 +212,27 @@ def _inputs(
     open_stream: OpenStream,
     open_eval_stream: OpenStream,
 ) -> LoopInputs:
-    data, training = config.data, config.training
-    shape = {"context": data.context, "global_batch": training.batch_size, "layout": config.layout}
-    train_plan = plan(
-        sources,
-        seed=training.seed,
-        split=data.train_split,
-        window_tokens=data.window_tokens,
-        **shape,  # type: ignore[arg-type]
-    )
+    manifest, training = sources[0][0], config.training
+    train_plan = training_plan(config, sources)
     share: dict[str, Any] = {
         "rank": strategy.rank,
         "world_size": strategy.world_size,
         "grad_accum_steps": config.grad_accum_steps,
-        "document_mask": data.document_mask,
+        "document_mask": config.data.document_mask,
     }
-    manifest = sources[0][0]
     inputs = LoopInputs(
         open_stream=partial(open_stream, train_plan, **share),
         cursor=train_plan.cursor,
         epoch=train_plan.epoch,
         tokenizer_spec=manifest.tokenizer_spec,
     )
-    split = manifest.splits.get(data.val_split)
-    if split is None or split.tokens <= split.rows:
-        logger.warning("data.val_split: %s has no tokens in %r, so nothing is validated", manifest.name, data.val_split)
+    val_split, val_plan = config.data.val_split, validation_plan(config, manifest)
+    if val_plan is None:
+        logger.warning("data.val_split: %s has no tokens in %r, so nothing is validated", manifest.name, val_split)
         return inputs
-    val_plan = eval_plan(manifest, split=data.val_split, window_tokens=data.window_tokens, **shape)  # type: ignore[arg-type]
     steps = min(val_plan.num_steps or 0, training.val_batches or val_plan.num_steps or 0)
     inputs.open_validation = partial(open_eval_stream, val_plan, 0, steps, **share)
-    # A row of n tokens gives n - 1 targets; together they cover the text of the split.
-    inputs.val_bytes_per_token = split.text_bytes / (split.tokens - split.rows)
+    inputs.val_bytes_per_token = validation_bytes_per_token(config, manifest)
     return inputs
 
 
@@ -248,7 +246,8 @@ def _callbacks(
     """In order: those that add metrics, those that deliver them, those that write files."""
     training = config.training
     run_dir.mkdir(parents=True, exist_ok=True)
-    found: list[Callback] = [Throughput(), Goodput(run_dir, rank=strategy.rank), BestTracker(training)]
+    best = BestTracker(training, task_of(config))
+    found: list[Callback] = [Throughput(), Goodput(run_dir, rank=strategy.rank), best]
     if strategy.rank == 0:
         if sink is not None:
             found.append(PointSink(sink))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from glowflow.config.errors import PreflightError
+from glowflow.config.errors import ConfigError, PreflightError
 from glowflow.config.loader import apply_overrides, load_config
 from glowflow.config.schema import GlowFlowConfig
 from glowflow.orchestration import cluster
@@ -112,3 +112,21 @@ def test_auto_takes_a_gpu_only_where_every_worker_gets_one(tmp_path: Path, monke
         asked = config(tmp_path, resources__accelerator="auto", resources__workers=workers, training__batch_size=8)
         assert resolve_accelerator(asked, joined=False) == expected
     assert resolve_accelerator(config(tmp_path), joined=False) == "cpu"
+
+
+def test_weights_of_an_encoder_must_be_there_when_a_run_starts(tmp_path: Path) -> None:
+    model = {"model.arch": "multimodal", "model.image": {"checkpoint": "nowhere.pt"}}
+    wanted = apply_overrides(config(tmp_path / "runs"), model)
+    found = problems(wanted)
+    assert (
+        set(found) == {"model.image.checkpoint"}
+        and str(Path("nowhere.pt").absolute()) in found["model.image.checkpoint"]
+    )
+    assert preflight(wanted, local=True, new_run=False) is not None, "a run that goes on has them"
+
+
+def test_the_worst_checkpoint_is_not_kept_as_the_best(tmp_path: Path) -> None:
+    model = {"model.arch": "multimodal", "model.image": {}, "model.task": "classification"}
+    wanted = apply_overrides(config(tmp_path / "runs"), {**model, "training.monitor_metrics": ["val_accuracy"]})
+    with pytest.raises(ConfigError, match="must be max for val_accuracy"):
+        preflight(wanted, local=True)

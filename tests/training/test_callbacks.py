@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from glowflow.config.errors import ConfigError
 from glowflow.config.schema import TrainingConfig
 from glowflow.core.batch import StepBatches
 from glowflow.training.callbacks import (
@@ -128,6 +129,19 @@ class TestBest:
         again.on_validation(3, {"perplexity": 6.0})
         assert again.best["step"] == 3
 
+    @pytest.mark.parametrize(
+        ("task", "metric"), [("classification", "val_accuracy"), ("contrastive", "val_recall_at_1")]
+    )
+    def test_a_share_of_right_answers_is_best_when_largest(self, task: str, metric: str) -> None:
+        training = TrainingConfig(monitor_metrics=["perplexity", metric], monitor_mode="max")
+        best = BestTracker(training, task)
+        for step, value in ((1, 0.5), (2, 0.7), (3, 0.6)):
+            best.on_validation(step, {"val_loss": 1.0, metric: value})
+        assert best.best["step"] == 2
+        assert monitored_metric(training) == "perplexity", "a language model has no such share"
+        with pytest.raises(ConfigError, match=f"must be max for {metric}"):
+            monitored_metric(TrainingConfig(monitor_metrics=[metric]), task)
+
 
 class TestThroughput:
     def test_median_over_steady_steps(self) -> None:
@@ -142,6 +156,14 @@ class TestThroughput:
         assert meter.steady_tokens_per_second is None
         meter.on_log(record(step_seconds=[0.5, 0.25, 0.5]))
         assert meter.steady_tokens_per_second == pytest.approx(40)
+
+    def test_the_mean_of_what_was_counted_where_samples_differ(self) -> None:
+        meter = Throughput()
+        strategy = SimpleNamespace(world_size=1, device=torch.device("cpu"))
+        meter.on_train_start(SimpleNamespace(counts=SimpleNamespace(tokens_per_step=None), strategy=strategy))  # type: ignore[arg-type]
+        for tokens in (30, 50):
+            meter.on_log(record(step_seconds=[0.5, 0.5], tokens=tokens))
+        assert meter.steady_tokens_per_second == pytest.approx(20 / 0.5)
 
     def test_what_is_added_to_the_record(self) -> None:
         seen = record()

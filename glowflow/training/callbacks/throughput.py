@@ -28,12 +28,14 @@ class Throughput(Callback):
         self._steady: deque[float] = deque(maxlen=window)
         self._start_up: list[float] = []
         self._tokens_per_step = 0.0
+        self._counted: list[int] | None = None  # tokens and steps, where samples are of unequal length
         self._peak: Peak | None = None
         self._flops_per_token = 0.0
         self._num_devices = 1
 
     def on_train_start(self, loop: TrainLoop) -> None:
-        self._tokens_per_step = loop.tokens_per_step
+        self._tokens_per_step = loop.counts.tokens_per_step or 0.0
+        self._counted = None if loop.counts.tokens_per_step else [0, 0]
         self._num_devices = loop.strategy.world_size
         self._peak = device_peak(loop.strategy.device)
         if self._peak is None:
@@ -53,6 +55,9 @@ class Throughput(Callback):
         for duration in record.step_seconds:
             warm = len(self._start_up) < START_UP_STEPS
             (self._start_up if warm else self._steady).append(duration)
+        if self._counted is not None:
+            self._counted = [self._counted[0] + record.tokens, self._counted[1] + len(record.step_seconds)]
+            self._tokens_per_step = self._counted[0] / self._counted[1]
         speed = record.tokens / seconds
         record.metrics["tokens_per_second"] = speed
         record.metrics["step_time_ms"] = 1000 * median(record.step_seconds)
@@ -62,7 +67,8 @@ class Throughput(Callback):
 
     @property
     def steady_tokens_per_second(self) -> float | None:
-        """Tokens of a step over the median duration of the steady steps (of all steps in a very short run)."""
+        """Tokens of a step (the mean where it varies) over the median duration of the steady steps (of all steps in a
+        very short run)."""
         durations = self._steady or self._start_up
         return self._tokens_per_step / median(durations) if durations else None
 

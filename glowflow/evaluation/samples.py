@@ -1,0 +1,101 @@
+"""``evaluate_samples``: a model of samples with media on a whole split, whatever its task.
+
+Language modelling: perplexity of the text, also with media of other samples, answers, and texts about pictures (BLEU).
+Classification: accuracy and tables of the classes. Contrastive: retrieval.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from glowflow.config.multimodal import MultimodalConfig
+from glowflow.data.manifest import Manifest
+from glowflow.evaluation.analyzer import check_tokenizer
+from glowflow.evaluation.classes import measure_classes
+from glowflow.evaluation.load import Target
+from glowflow.evaluation.perplexity import measure_perplexity
+from glowflow.evaluation.retrieval import measure_retrieval
+from glowflow.evaluation.sample_options import SampleOptions, require_possible
+from glowflow.evaluation.sample_reader import Progress, SampleReader
+from glowflow.evaluation.writing import measure_answers, measure_bleu, save_lines
+
+__all__ = ["evaluate_samples"]
+
+
+def evaluate_samples(
+    target: Target,
+    manifest: Manifest,
+    split: str | None = None,
+    options: SampleOptions | None = None,
+    *,
+    context: int | None = None,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    resamples: int = 2000,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a model whose layout is ``bucketed``.
+
+    Args:
+        target: the model.
+        manifest: data built with its tokenizer.
+        split: default: ``data.val_split`` of its config.
+        options: what is measured beside the task's own numbers.
+        context: longest sample; default: the config's.
+        batch_size: samples at once; changes nothing but the speed.
+        device, precision: how it is computed.
+        resamples, seed: of the bootstrap over groups.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        ``task``, what was measured on, and the numbers of the task: see ``measure_perplexity`` (and ``answers``,
+        ``bleu`` of their options), ``measure_classes``, ``measure_retrieval``.
+
+    Raises:
+        ConfigError: options that the model or its task cannot serve, all of them together.
+        DataError: data of another tokenizer, no such split, or nothing in it to measure.
+    """
+    options = options or SampleOptions()
+    config = target.config
+    require_possible(options, config)
+    check_tokenizer(target.tokenizer_spec, manifest)
+    started = time.perf_counter()
+    module, device = target.module.to(device), torch.device(device)
+    split = split or config.data.val_split
+    reader = SampleReader(
+        module, config, manifest, split, device, precision, context, batch_size, options.without, progress
+    )
+    task = config.model.task if isinstance(config.model, MultimodalConfig) else "language_modelling"
+    bootstrap = {"resamples": resamples, "seed": seed}
+    written: list[Iterable[Any]] = []
+    if task == "classification":
+        result, predicted = measure_classes(reader, **bootstrap)
+        written.append(predicted)
+    elif task == "contrastive":
+        result = measure_retrieval(reader, **bootstrap)
+    else:
+        result = _language(reader, options, written, bootstrap)
+    if options.predictions is not None:
+        save_lines((record for records in written for record in records), options.predictions)
+    return {"task": task, **result, **reader.about(), "seconds": time.perf_counter() - started}
+
+
+def _language(
+    reader: SampleReader, options: SampleOptions, written: list[Iterable[Any]], bootstrap: dict[str, int]
+) -> dict[str, Any]:
+    model = reader.config.model
+    permuted = options.permuted(model) if isinstance(model, MultimodalConfig) else ()
+    result = measure_perplexity(reader, permuted, **bootstrap)
+    if options.answers:
+        result["answers"], answers = measure_answers(reader, limit=options.limit, **bootstrap)
+        written.append(answers)
+    if options.bleu:
+        result["bleu"], texts = measure_bleu(reader, beams=options.beams, limit=options.limit, **bootstrap)
+        written.append(texts)
+    return result

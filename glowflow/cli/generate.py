@@ -1,4 +1,4 @@
-"""``glowflow generate``: text from a trained model, written as it is sampled."""
+"""``glowflow generate``: text from a trained model, written as it is sampled; prompts may hold media."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ from glowflow.config.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
     from glowflow.evaluation.load import Target
+    from glowflow.evaluation.prompts import Media
     from glowflow.evaluation.writer import Writer, WritingOptions, Written
 
 __all__ = ["generate", "stream_text"]
 
+_FILES = {"image": "images", "audio": "audio"}
+_NOT_WITH_MEDIA = {
+    "draft": "both models would have to read it",
+    "truncate_prompt": "its places at the beginning would be lost",
+}
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
@@ -31,8 +37,10 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
     "--prompts",
     "prompts_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help='File of prompts: one a line, or JSON lines with the key "prompt" (.jsonl).',
+    help='File of prompts: one a line, or JSON lines with "prompt", and perhaps "images" and "audio" (.jsonl).',
 )
+@click.option("--image", "images", multiple=True, metavar="FILE", help="A picture for the prompt's next <image>.")
+@click.option("--audio", multiple=True, metavar="FILE", help="A recording for the prompt's next <audio>.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0.0), default=0.8, show_default=True, help="0: greedy.")
 @click.option("--top-k", type=click.IntRange(min=1), default=None, help="Sample among the k most likely tokens.")
@@ -77,23 +85,23 @@ def generate(
 ) -> None:
     """Write text with TARGET: a run, a checkpoint directory, or an exported file."""
     named = {name for name in given if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
-    _require_compatible(given, named)
-    texts = [*prompts, *(_read_prompts(prompts_file) if prompts_file else [])] or [""]
+    _require_compatible(given, named, len(prompts) + (prompts_file is not None))
+    asked = _prompts(prompts, prompts_file, given)
     sampling = {name: given[name] for name in _SAMPLING}
     with _option_names():
         writer, loaded = _writer(target, given)
         options = _writing_options(given, sampling)
-        several = len(texts) * given["num_samples"] > 1
+        several = len(asked) * given["num_samples"] > 1
         if given["as_json"] or given["as_jsonl"] or several or given["beams"]:
-            written = _write(writer, texts, options, given)
+            written = _write(writer, asked, options, given)
         else:
-            _stream(writer, texts[0], options)
+            _stream(writer, *asked[0], options)
             return
     if given["as_jsonl"]:
         for one in written:
-            click.echo(json.dumps(_document(one, writer), ensure_ascii=False))
+            click.echo(json.dumps(_document(one, asked[one.number][1], writer), ensure_ascii=False))
     elif given["as_json"]:
-        results = [_document(one, writer) for one in written]
+        results = [_document(one, asked[one.number][1], writer) for one in written]
         about = {"target": target, "checkpoint": str(loaded.path), "step": loaded.step}
         echo_json({**about, **_method(given, sampling, writer), "results": results})
     else:
@@ -109,12 +117,13 @@ def stream_text(loaded: Target, prompt: str, *, max_tokens: int, **sampling: Any
     return Writer(loaded).stream(prompt, WritingOptions(max_tokens, SamplingOptions(**sampling)))
 
 
-def _require_compatible(given: dict[str, Any], named: set[str]) -> None:
-    """Refuse options that say nothing about each other's way of decoding.
+def _require_compatible(given: dict[str, Any], named: set[str], sources: int) -> None:
+    """Refuse options that do not go together.
 
     Args:
         given: all options.
         named: those that stand on the command line.
+        sources: prompts on the command line, and a file of them.
 
     Raises:
         ConfigError: with all problems.
@@ -145,30 +154,48 @@ def _require_compatible(given: dict[str, Any], named: set[str]) -> None:
         refuse("jsonl", "cannot be used with --json")
     if "" in given["stops"]:
         refuse("stop", "must not be empty")
+    for option in [option for option in ("image", "audio") if given[_FILES[option]]]:
+        if sources > 1:
+            refuse(option, "belongs to a single --prompt: give each prompt its own in a file of --prompts")
+        for name in ("draft", "truncate_prompt"):
+            if given[name]:
+                refuse(name, f"cannot be used with --{option}: {_NOT_WITH_MEDIA[name]}")
     if problems:
         raise ConfigError(problems)
 
 
-def _read_prompts(file: Path) -> list[str]:
+def _prompts(prompts: Sequence[str], file: Path | None, given: dict[str, Any]) -> list[tuple[str, Media]]:
+    """All prompts with their media."""
+    from glowflow.evaluation.prompts import Media
+
+    here = Media(given["images"], given["audio"])
+    if here and file is not None:
+        raise ConfigError(Problem("--image, --audio", f"belong to a --prompt; the lines of {file} have their own"))
+    return [*((text, here) for text in prompts), *(_read_prompts(file) if file else [])] or [("", here)]
+
+
+def _read_prompts(file: Path) -> list[tuple[str, Media]]:
     """The prompts of a file.
 
     Raises:
         DataError: it is not UTF-8, holds nothing, or a line is not as it should be.
     """
+    from glowflow.evaluation.prompts import Media
+
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(Problem(str(file), f"is not UTF-8: {error.reason} at byte {error.start}")) from error
-    prompts: list[str] = []
+    prompts: list[tuple[str, Media]] = []
     problems = []
     for number, line in enumerate(lines, 1):
         if file.suffix != ".jsonl":
-            prompts.append(line)
+            prompts.append((line, Media()))
             continue
         if not line.strip():
             continue
         try:
-            prompts.append(_prompt_of(line))
+            prompts.append(_prompt_of(line, file.parent))
         except ValueError as error:
             problems.append(Problem(f"{file}:{number}", str(error)))
     if not problems and not prompts:
@@ -178,22 +205,33 @@ def _read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-def _prompt_of(line: str) -> str:
+def _prompt_of(line: str, folder: Path) -> tuple[str, Media]:
+    """A line's prompt and files, whose paths are relative to the folder."""
+    from glowflow.evaluation.prompts import Media
+
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"is no JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError('must be an object with the text "prompt"')
-    prompt: str = row["prompt"]
-    return prompt
+    if "image" in row and "images" not in row:
+        raise ValueError('has "image": pictures are a list of paths under "images"')
+    files = []
+    for key in _FILES.values():
+        paths = row.get(key, [])
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise ValueError(f'"{key}" must be a list of paths')
+        files.append([str(folder / path) for path in paths])
+    return row["prompt"], Media(*files)
 
 
 @contextmanager
 def _option_names() -> Iterator[None]:
     """What the library calls by its arguments' names is called by the options' here."""
     options = {"max_new_tokens": "--max-tokens", "num_beams": "--beams", "num_results": "--num-samples"}
-    for name in (*_SAMPLING, "length_penalty", "draft", "draft_tokens", "device"):
+    options |= {"images": "--image"}
+    for name in (*_SAMPLING, "length_penalty", "draft", "draft_tokens", "device", "audio", "truncate_prompt"):
         options[name] = f"--{name.replace('_', '-')}"
     try:
         yield
@@ -226,15 +264,20 @@ def _writing_options(given: dict[str, Any], sampling: dict[str, Any]) -> Writing
     )
 
 
-def _write(writer: Writer, texts: Sequence[str], options: WritingOptions, given: dict[str, Any]) -> list[Written]:
+def _write(
+    writer: Writer, asked: Sequence[tuple[str, Media]], options: WritingOptions, given: dict[str, Any]
+) -> list[Written]:
     samples, beams = given["num_samples"], given["beams"]
+    texts, media = [text for text, _ in asked], [own for _, own in asked]
     if beams:
-        return writer.search(texts, options, beams, length_penalty=given["length_penalty"], best=samples)
-    return writer.write(texts, options, samples=samples, batch_size=given["batch_size"], log_probs=given["logprobs"])
+        penalty = given["length_penalty"]
+        return writer.search(texts, options, beams, media=media, length_penalty=penalty, best=samples)
+    size, log_probs = given["batch_size"], given["logprobs"]
+    return writer.write(texts, options, media=media, samples=samples, batch_size=size, log_probs=log_probs)
 
 
-def _stream(writer: Writer, prompt: str, options: WritingOptions) -> None:
-    pieces = writer.stream(prompt, options)
+def _stream(writer: Writer, prompt: str, media: Media, options: WritingOptions) -> None:
+    pieces = writer.stream(prompt, options, media)
     first = next(pieces, "")  # what is wrong with the prompt is told before anything is printed
     click.echo(prompt + first, nl=False)
     for piece in pieces:
@@ -272,10 +315,12 @@ def _method(given: dict[str, Any], sampling: dict[str, Any], writer: Writer) -> 
     return {**method, "draft": {"target": given["draft"], "tokens": given["draft_tokens"], **share}}
 
 
-def _document(one: Written, writer: Writer) -> dict[str, Any]:
+def _document(one: Written, media: Media, writer: Writer) -> dict[str, Any]:
     """One text as it stands in the JSON."""
+    files = {key: [str(file) for file in media.of(modality)] for modality, key in _FILES.items()}
     document: dict[str, Any] = {
         "prompt": one.prompt,
+        **{key: paths for key, paths in files.items() if paths},
         "sample": one.sample,
         "text": one.text,
         "finish": one.finish,

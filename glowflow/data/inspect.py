@@ -10,6 +10,7 @@ from glowflow.config.errors import DataError, Problem
 from glowflow.config.schema import DataConfig
 from glowflow.data.datasets.catalogue import CATALOGUE, availability, cache_root
 from glowflow.data.manifest import Manifest, file_sha256
+from glowflow.data.media_facts import media_facts
 from glowflow.data.shards import read_tokens
 
 __all__ = ["check_index", "inspect_dataset", "list_datasets", "verify_dataset"]
@@ -37,7 +38,7 @@ def list_datasets(config: DataConfig | None = None) -> list[dict[str, Any]]:
 
 
 def inspect_dataset(path: str | Path, samples: int = 3) -> dict[str, Any]:
-    """Counts, tokenizer, splits and the beginning of some rows, decoded from their tokens.
+    """Counts, tokenizer, splits and the beginning of some rows, decoded from their tokens; with media, their facts.
 
     Raises:
         DataError: there is no valid manifest, or a sampled shard can not be read.
@@ -60,6 +61,7 @@ def inspect_dataset(path: str | Path, samples: int = 3) -> dict[str, Any]:
         "source": manifest.source,
         "splits": {name: _split_facts(manifest, name) for name in manifest.splits},
         "samples": {name: _samples(manifest, name, samples) for name in manifest.splits} if samples else {},
+        **({"media": media_facts(manifest)} if manifest.media else {}),
     }
 
 
@@ -80,13 +82,16 @@ def _split_facts(manifest: Manifest, name: str) -> dict[str, Any]:
 def _samples(manifest: Manifest, split: str, count: int) -> list[dict[str, Any]]:
     """The first rows of the split."""
     tokenizer = manifest.tokenizer()
+    # Of a sample with media the tokens around it are left out: some tokenizers show them as text.
+    outer = 1 if manifest.media else 0
     found: list[dict[str, Any]] = []
     for shard_index, shard in enumerate(manifest.splits[split].shards):
         for row_group in range(len(shard.row_groups)):
             tokens, lengths, documents = read_tokens(manifest, split, shard_index, row_group)
             start = 0
             for length, document in zip(lengths.tolist(), documents.tolist(), strict=True):
-                text = tokenizer.decode(tokens[start : start + min(length, _SAMPLE_CHARS)])[:_SAMPLE_CHARS]
+                end = start + min(length - outer, _SAMPLE_CHARS)
+                text = tokenizer.decode(tokens[start + outer : end])[:_SAMPLE_CHARS]
                 found.append({"document_id": document, "num_tokens": length, "text": text})
                 start += length
                 if len(found) == count:

@@ -39,6 +39,7 @@ def test_help_lists_the_commands_and_imports_none_of_the_big_libraries() -> None
 
 
 CONFIGS = ["quickstart", "shakespeare_char", "shakespeare_muon", "wikitext2", "lm_124m", "lm_350m", "lm_1b3", "lm_3b8"]
+CONFIGS += ["multimodal_digits", "av_digits", "flickr8k_caption"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from glowflow.cli.output import echo_json, note
+from glowflow.config.errors import ConfigError, Problem
 
 __all__ = ["evaluate"]
 
@@ -34,6 +35,7 @@ _SECONDS = 10.0  # an evaluation that takes longer tells how far it is
     type=click.Choice([*_MEDIA, "all"]),
     help="Measure with the media of another sample too, and compare the two pair by pair.",
 )
+@click.option("--against", metavar="TARGET", help="Another model of the same samples, compared pair by pair.")
 @click.option("--answers", is_flag=True, help="Write the answer to every prompt, and count those that are all right.")
 @click.option("--bleu", is_flag=True, help="Write a text about every picture (group): BLEU against all its texts.")
 @click.option("--beams", type=click.IntRange(min=1), default=1, show_default=True, help="Of --bleu; 1: greedy.")
@@ -55,6 +57,7 @@ def evaluate(
     best: str | None,
     storage: str,
     as_json: bool,
+    against: str | None,
     **asked: Any,
 ) -> None:
     """Measure TARGET (a run, a checkpoint directory, an exported file) on a whole split.
@@ -68,8 +71,10 @@ def evaluate(
     loaded = load_target(target, storage, best_metric=best)
     options = SampleOptions(**asked)
     require_possible(options, loaded.config)
+    other = None if against is None else load_target(against, storage, best_metric=best)
     manifest = load_manifest(loaded, dataset=dataset)
-    measured = measure(loaded, manifest, split=split, context=context, batch_size=batch_size, options=options)
+    sizes: dict[str, Any] = {"split": split, "context": context, "batch_size": batch_size}
+    measured = measure(loaded, manifest, **sizes, options=options, against=other)
     if as_json:
         echo_json({"target": target, "checkpoint": str(loaded.path), "step": loaded.step, **measured})
         return
@@ -92,7 +97,14 @@ def _extent(measured: dict[str, Any]) -> str:
 
 
 def measure(
-    loaded: Any, manifest: Any, *, split: str | None, context: int | None, batch_size: int, options: Any = None
+    loaded: Any,
+    manifest: Any,
+    *,
+    split: str | None,
+    context: int | None,
+    batch_size: int,
+    options: Any = None,
+    against: Any = None,
 ) -> dict[str, Any]:
     """What ``eval`` reports, on a GPU where there is one."""
     import torch
@@ -105,7 +117,10 @@ def measure(
     common: dict[str, Any] = {"context": context or config.data.context, "batch_size": batch_size, "progress": _Dots()}
     split = split or config.data.val_split
     if config.layout == "bucketed":
-        return evaluate_samples(loaded, manifest, split, options, device=device, **common)
+        return evaluate_samples(loaded, manifest, split, options, device=device, against=against, **common)
+    if against is not None:
+        rule = f"compares models that read samples (data.layout bucketed); the layout of this one is {config.layout}"
+        raise ConfigError(Problem("--against", rule, hint="`glowflow runs compare` compares other runs"))
     analyzer = ModelAnalyzer(loaded.module, loaded.tokenizer_spec, device=device)
     return analyzer.perplexity(manifest, split, document_mask=config.data.document_mask, layout=config.layout, **common)
 

@@ -53,6 +53,11 @@ def _language(measured: dict[str, Any]) -> Iterator[str]:
         yield _number(label, measured[name], measured["confidence"][name])
     if "permuted" in measured:
         yield from _permuted(measured["permuted"])
+    if "against" in measured:
+        other = measured["against"]
+        yield f"  {'perplexity, other':<{_WIDTH}} {other['perplexity']:>10.4f}   of the model that it is compared with"
+        bounds = other["confidence"]["lower_percent"]
+        yield _number("this one is lower by", other["lower_percent"], bounds, digits=2, unit=" %", more=", paired")
     if "answers" in measured:
         yield from _answers(measured["answers"])
     if "bleu" in measured:

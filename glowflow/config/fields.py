@@ -175,13 +175,22 @@ def suggest(key: str, candidates: list[str]) -> str:
     if close:
         found = siblings[close[0]]
     elif same_leaf:
-        found = min(same_leaf, key=lambda c: (-difflib.SequenceMatcher(None, generic, c).ratio(), c))
+        found = min(same_leaf, key=lambda c: (_levels(c, generic), -_likeness(generic, c), c))
     else:
         # In a section that exists, keys look alike as wholes for its name's sake: `training.optimizer.rho` is no `eps`.
         found = "" if siblings else next(iter(difflib.get_close_matches(generic, candidates, n=1, cutoff=0.8)), "")
     for index in indices:
         found = found.replace("[]", f".{index}", 1)
     return found
+
+
+def _levels(candidate: str, key: str) -> int:
+    """How deep a candidate lies, where the key says nothing of it: `n_layer` is the model's, not one of its parts'."""
+    return 0 if "." in key else candidate.count(".")
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def siblings_of(key: str, candidates: list[str]) -> list[str]:

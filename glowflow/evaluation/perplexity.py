@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glowflow.config.errors import DataError, Problem
 from glowflow.core.architectures.base import BaseArchitecture
 from glowflow.core.batch import Batch
 from glowflow.data.samples.sample import PreparedItem, PreparedSample
@@ -26,11 +27,18 @@ from glowflow.data.samples.view import MediaView
 from glowflow.evaluation.analyzer import token_nll
 from glowflow.evaluation.sample_reader import SampleReader, group_of, in_batches
 from glowflow.metrics.clusters import group_numbers, group_sums, perplexity_ratio
-from glowflow.metrics.intervals import bootstrap_interval
+from glowflow.metrics.intervals import Interval, bootstrap_interval
 from glowflow.metrics.perplexity import mean_nll, perplexity
 from glowflow.training.precision import autocast
 
-__all__ = ["SampleLosses", "measure_perplexity", "row_losses", "with_media_of"]
+__all__ = [
+    "SampleLosses",
+    "against",
+    "row_losses",
+    "sample_losses",
+    "summary",
+    "with_media_of",
+]
 
 
 @dataclass
@@ -42,27 +50,23 @@ class SampleLosses:
     weights: list[float] = field(default_factory=list)
     groups: list[str | int] = field(default_factory=list)
     changed: list[bool] = field(default_factory=list)  # the media did become others
+    documents: list[int] = field(default_factory=list)
 
 
-def measure_perplexity(
-    reader: SampleReader, permuted: Sequence[str] = (), *, resamples: int = 2000, seed: int = 0
+def summary(
+    losses: SampleLosses, permuted: Sequence[str] = (), *, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
-    """Loss and perplexity of the text of a split, and with media of other samples.
+    """Loss and perplexity of the text of a split, and what media of other samples make of them.
 
     Args:
-        reader: what is measured on.
-        permuted: modalities whose media are exchanged in a second measurement.
+        losses: of the split.
+        permuted: modalities whose media were exchanged in a second measurement.
         resamples, seed: of the bootstrap over groups.
 
     Returns:
         ``loss``, ``perplexity``, ``tokens``, ``samples``, ``groups``, ``confidence``, and with ``permuted`` what
         ``_comparison`` gives.
-
-    Raises:
-        DataError: as the reader; or there is nothing to predict.
     """
-    losses = _losses(reader, permuted)
-    reader.require_some(len(losses.nll), "text to predict")
     groups = group_numbers(losses.groups)
     nll, weights = group_sums(groups, losses.nll, losses.weights)
     loss = bootstrap_interval(nll, weights, resamples=resamples, seed=seed)
@@ -87,7 +91,16 @@ def measure_perplexity(
     return result
 
 
-def _losses(reader: SampleReader, permuted: Sequence[str]) -> SampleLosses:
+def sample_losses(reader: SampleReader, permuted: Sequence[str] = ()) -> SampleLosses:
+    """The losses of a split.
+
+    Args:
+        reader: what is measured on.
+        permuted: modalities whose media are exchanged in a second measurement.
+
+    Raises:
+        DataError: as the reader; or there is nothing to predict.
+    """
     view, losses = reader.view(), SampleLosses()
     with reader.evaluating():
         for pairs in in_batches(_pairs(reader, view, permuted), reader.batch_size, lambda pair: len(pair[0].tokens)):
@@ -96,10 +109,12 @@ def _losses(reader: SampleReader, permuted: Sequence[str]) -> SampleLosses:
             losses.nll += nll_b
             losses.weights += weights_b
             losses.groups += map(group_of, samples)
+            losses.documents += [sample.document_id for sample in samples]
             if permuted:
                 others = [other for _, other in pairs if other is not None]
                 losses.other += _measured(reader, others, view)[0]
                 losses.changed += [_differ(own, other, permuted) for own, other in zip(samples, others, strict=True)]
+    reader.require_some(len(losses.nll), "text to predict")
     return losses
 
 
@@ -159,12 +174,44 @@ def _comparison(losses: SampleLosses, resamples: int, seed: int) -> dict[str, An
         "right": perplexity(float(right.sum()), tokens),
         "permuted": perplexity(float(other.sum()), tokens),
         "lower_percent": 100 * (1 - ratio.estimate),
-        "confidence": {
-            "level": ratio.level,
-            "method": f"paired {ratio.method}",
-            "units": int(groups.max()) + 1,
-            "lower_percent": [100 * (1 - ratio.high), 100 * (1 - ratio.low)],
-        },
+        "confidence": _lower(ratio, groups),
+    }
+
+
+def against(own: SampleLosses, other: SampleLosses, *, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Perplexity of one model against that of another on the same samples, paired.
+
+    Returns:
+        ``samples`` compared, ``perplexity`` of the other model, and ``lower_percent``, by how much the first one's is
+        lower, with its paired interval.
+
+    Raises:
+        DataError: they were not measured on the same text.
+    """
+    mine, theirs = (np.argsort(losses.documents, kind="stable") for losses in (own, other))
+    weights = np.array(own.weights)[mine]
+    same = np.array_equal(np.array(own.documents)[mine], np.array(other.documents)[theirs])
+    if not same or not np.allclose(weights, np.array(other.weights)[theirs]):
+        rule = "was measured on other text: samples differ, or how much of them is cut or counted"
+        raise DataError(Problem("--against", rule, hint="give both the same data.context and data.loss_weights"))
+    groups = group_numbers([own.groups[index] for index in mine.tolist()])
+    nll, others = np.array(own.nll)[mine], np.array(other.nll)[theirs]
+    ratio = perplexity_ratio(nll, others, weights, groups, resamples=resamples, seed=seed)
+    return {
+        "samples": len(nll),
+        "perplexity": perplexity(float(others.sum()), round(float(weights.sum()))),
+        "lower_percent": 100 * (1 - ratio.estimate),
+        "confidence": _lower(ratio, groups),
+    }
+
+
+def _lower(ratio: Interval, groups: NDArray[Any]) -> dict[str, Any]:
+    """The paired interval of by how much, in percent, one perplexity is lower than another."""
+    return {
+        "level": ratio.level,
+        "method": f"paired {ratio.method}",
+        "units": int(groups.max()) + 1,
+        "lower_percent": [100 * (1 - ratio.high), 100 * (1 - ratio.low)],
     }
 
 

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 
+from glowflow.config.errors import ConfigError, Problem
 from glowflow.config.multimodal import MultimodalConfig
+from glowflow.config.schema import GlowFlowConfig
 from glowflow.data.manifest import Manifest
 from glowflow.evaluation.analyzer import check_tokenizer
 from glowflow.evaluation.classes import measure_classes
 from glowflow.evaluation.load import Target
-from glowflow.evaluation.perplexity import measure_perplexity
+from glowflow.evaluation.perplexity import SampleLosses, sample_losses, summary
+from glowflow.evaluation.perplexity import against as compared
 from glowflow.evaluation.retrieval import measure_retrieval
 from glowflow.evaluation.sample_options import SampleOptions, require_possible
 from glowflow.evaluation.sample_reader import Progress, SampleReader
@@ -39,6 +42,7 @@ def evaluate_samples(
     resamples: int = 2000,
     seed: int = 0,
     progress: Progress | None = None,
+    against: Target | None = None,
 ) -> dict[str, Any]:
     """Measure a model whose layout is ``bucketed``.
 
@@ -52,10 +56,11 @@ def evaluate_samples(
         device, precision: how it is computed.
         resamples, seed: of the bootstrap over groups.
         progress: called with (steps done, steps in all).
+        against: another model of language, measured on the same samples and compared with the first one.
 
     Returns:
-        ``task``, what was measured on, and the numbers of the task: see ``measure_perplexity`` (and ``answers``,
-        ``bleu`` of their options), ``measure_classes``, ``measure_retrieval``.
+        ``task``, what was measured on, and the numbers of the task: see ``perplexity.summary`` (and ``answers``,
+        ``bleu``, ``against`` of their options), ``measure_classes``, ``measure_retrieval``.
 
     Raises:
         ConfigError: options that the model or its task cannot serve, all of them together.
@@ -65,13 +70,15 @@ def evaluate_samples(
     config = target.config
     require_possible(options, config)
     check_tokenizer(target.tokenizer_spec, manifest)
+    if against is not None:
+        _require_comparable(config, against.config)
+        check_tokenizer(against.tokenizer_spec, manifest)
     started = time.perf_counter()
     module, device = target.module.to(device), torch.device(device)
     split = split or config.data.val_split
-    reader = SampleReader(
-        module, config, manifest, split, device, precision, context, batch_size, options.without, progress
-    )
-    task = config.model.task if isinstance(config.model, MultimodalConfig) else "language_modelling"
+    where = (manifest, split, device, precision, context, batch_size)
+    reader = SampleReader(module, config, *where, options.without, progress)
+    task = _task(config)
     bootstrap = {"resamples": resamples, "seed": seed}
     written: list[Iterable[Any]] = []
     if task == "classification":
@@ -80,18 +87,40 @@ def evaluate_samples(
     elif task == "contrastive":
         result = measure_retrieval(reader, **bootstrap)
     else:
-        result = _language(reader, options, written, bootstrap)
+        losses = sample_losses(reader, _permuted(options, config))
+        result = _language(reader, losses, options, written, bootstrap)
+        if against is not None:
+            other = SampleReader(against.module.to(device), against.config, *where, (), progress)
+            result["against"] = compared(losses, sample_losses(other), **bootstrap)
     if options.predictions is not None:
         save_lines((record for records in written for record in records), options.predictions)
     return {"task": task, **result, **reader.about(), "seconds": time.perf_counter() - started}
 
 
+def _task(config: GlowFlowConfig) -> str:
+    return config.model.task if isinstance(config.model, MultimodalConfig) else "language_modelling"
+
+
+def _permuted(options: SampleOptions, config: GlowFlowConfig) -> tuple[str, ...]:
+    return options.permuted(config.model) if isinstance(config.model, MultimodalConfig) else ()
+
+
+def _require_comparable(*configs: GlowFlowConfig) -> None:
+    """Both must be models of language that read samples."""
+    for config in configs:
+        if config.layout != "bucketed" or _task(config) != "language_modelling":
+            rule = "compares models of language that read samples (arch multimodal, task language_modelling)"
+            raise ConfigError(Problem("--against", rule, f"{config.model.arch}, {_task(config)}"))
+
+
 def _language(
-    reader: SampleReader, options: SampleOptions, written: list[Iterable[Any]], bootstrap: dict[str, int]
+    reader: SampleReader,
+    losses: SampleLosses,
+    options: SampleOptions,
+    written: list[Iterable[Any]],
+    bootstrap: dict[str, int],
 ) -> dict[str, Any]:
-    model = reader.config.model
-    permuted = options.permuted(model) if isinstance(model, MultimodalConfig) else ()
-    result = measure_perplexity(reader, permuted, **bootstrap)
+    result = summary(losses, _permuted(options, reader.config), **bootstrap)
     if options.answers:
         result["answers"], answers = measure_answers(reader, limit=options.limit, **bootstrap)
         written.append(answers)

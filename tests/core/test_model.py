@@ -179,7 +179,7 @@ def test_custom_architecture_by_path_and_wrong_targets(make_config: MakeConfig) 
     with pytest.raises(ConfigError, match="subclass"):
         build_module(config)
     config.model.arch = "nothing"
-    with pytest.raises(ConfigError, match="registered: transformer"):
+    with pytest.raises(ConfigError, match="registered: multimodal, transformer"):
         build_module(config)
 
 

@@ -10,6 +10,7 @@ import torch
 from glowflow.config.errors import ConfigError
 from glowflow.config.multimodal import MultimodalConfig
 from glowflow.core.architectures.base import MissingMethodError
+from glowflow.core.generation import ConditionedModule, SamplingOptions, beam_search, generate_batch
 from tests.core.media_batches import Row, media_batch, media_rows
 from tests.core.media_models import FUSIONS, make
 
@@ -97,3 +98,20 @@ def test_what_cannot_be_decoded_is_refused() -> None:
     for fusion, task in (("prefix", "classification"), ("late", "contrastive")):
         with pytest.raises(MissingMethodError, match="must be language_modelling to generate text"):
             make(fusion, task).new_cache(1, 4)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_prompts_with_media_are_continued_alike_with_and_without_a_cache(fusion: str) -> None:
+    module = make(fusion)
+    rows = media_rows()
+    one = [media_batch(module.config, [row]) for row in rows]
+    prompts = [batch.tokens[0, : int(batch.readout[0]) + 1].tolist() for batch in one]
+    conditioned = ConditionedModule(module, lambda numbers: media_batch(module.config, [rows[n] for n in numbers]))
+    options = SamplingOptions(temperature=0)
+    found = {
+        cached: generate_batch(conditioned, prompts, 6, 24, options, batch_size=4, cached=cached)
+        for cached in (True, False)
+    }
+    assert [text.ids for text in found[True]] == [text.ids for text in found[False]]
+    beams = [beam_search(conditioned.for_texts([0]), prompts[0], 4, 24, 3, cached=cached) for cached in (True, False)]
+    assert [beam.ids for beam in beams[0]] == [beam.ids for beam in beams[1]]

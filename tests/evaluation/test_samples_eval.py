@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from glowflow.data.manifest import Manifest
 from glowflow.data.samples.collate import collate
 from glowflow.evaluation.documents import document_texts
 from glowflow.evaluation.load import Target
-from glowflow.evaluation.perplexity import measure_perplexity, with_media_of
+from glowflow.evaluation.perplexity import sample_losses, summary, with_media_of
 from glowflow.evaluation.sample_options import SampleOptions
+from glowflow.evaluation.sample_reader import SampleReader
 from glowflow.evaluation.samples import evaluate_samples
 from tests.data.media_sets import MediaRow, write_media_set
 
@@ -31,6 +33,10 @@ from .colours import config_of, picture, reader_of, rows, target_of
 FUSIONS = ["prefix", "cross_attention", "bottleneck", "late", "mixture"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def measure_perplexity(reader: SampleReader, permuted: Sequence[str] = ()) -> dict[str, Any]:
+    return summary(sample_losses(reader, permuted), permuted)
 
 
 def slow_losses(target: Target, manifest: Manifest, view: Any) -> dict[int, tuple[float, float]]:
@@ -261,3 +267,29 @@ def test_a_model_of_text_alone_whose_rows_are_samples(model: GlowFlowModel, byte
 def test_the_world_is_what_the_tests_take_it_for() -> None:
     texts = [row.text for row in rows(24, 2)]
     assert set(texts) == {f"{colour} and {pitch}" for colour in colours.COLOURS for pitch in colours.PITCHES}
+
+
+# -- against another model --------------------------------------------------------------------------------------------
+
+
+def test_two_models_are_compared_on_the_same_samples(trained: Target, manifest: Manifest) -> None:
+    blind = target_of(apply_overrides(trained.config, ["data.without=[image,audio]"]), manifest)
+    blind.model.load_state_dict(trained.module.state_dict())
+    found = evaluate_samples(trained, manifest, "validation", batch_size=5, against=blind)
+    alone = evaluate_samples(blind, manifest, "validation", batch_size=64)
+    assert found["against"]["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
+    lower = found["against"]["lower_percent"]
+    assert lower == pytest.approx(100 * (1 - found["perplexity"] / alone["perplexity"]), rel=1e-5)
+    low, high = found["against"]["confidence"]["lower_percent"]
+    assert 10 < low < lower < high
+    itself = evaluate_samples(trained, manifest, "validation", against=trained)["against"]
+    assert itself["lower_percent"] == 0 and itself["confidence"]["lower_percent"] == [0, 0]
+
+
+def test_models_of_other_texts_are_not_compared(trained: Target, manifest: Manifest) -> None:
+    other = target_of(apply_overrides(trained.config, ["data.prompt_loss=true"]), manifest)
+    with pytest.raises(DataError, match="measured on other text"):
+        evaluate_samples(trained, manifest, "validation", against=other)
+    classifier = apply_overrides(trained.config, ["model.task=classification", "model.num_classes=3"])
+    with pytest.raises(ConfigError, match="--against"):
+        evaluate_samples(trained, manifest, "validation", against=target_of(classifier, manifest))

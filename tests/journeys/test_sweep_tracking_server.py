@@ -35,10 +35,10 @@ def test_a_server_that_is_late_and_dies_in_between_gets_one_family(server: Serve
     second = open_trial(tracking, "001")
     train(second, 0, 10, status=None)
     server.start()
-    assert wait_for(lambda: tracking.run_id is not None, 90)
+    assert wait_for(lambda: tracking.run_id is not None, 240)
     third = open_trial(tracking, "002")
     train(third, 0, 20)
-    assert tracking.close_trial(third, "FINISHED", timeout=60)
+    assert tracking.close_trial(third, "FINISHED", timeout=240)
     (parent,), children = family(server.uri)
     assert {"002"} <= {run.info.run_name for run in children} and parent.info.run_id == tracking.run_id
     server.kill()

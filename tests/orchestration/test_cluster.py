@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from glowflow.config.loader import load_config
 from glowflow.config.schema import GlowFlowConfig
-from glowflow.data import stream
+from glowflow.data import ray_items
 from glowflow.orchestration import cluster
 
 
@@ -20,7 +20,7 @@ def config(workers: int = 1, **resources: object) -> GlowFlowConfig:
 
 
 def test_map_cpus_are_those_that_the_stream_reserves() -> None:
-    assert cluster.MAP_CPUS == stream._TASK_CPUS
+    assert cluster.MAP_CPUS == ray_items._TASK_CPUS
 
 
 @given(workers=st.integers(1, 64), cpus=st.integers(1, 256))

@@ -1,8 +1,9 @@
 """The items of one rank's stream as a lazy data set of Ray: its items in order, one to a block.
 
 One at a time, a task makes a run of consecutive items. Several at a time, a task only counts them, and each item is
-made by a task of its own. A source of our own, since ``ray.data.range`` always asks for a whole CPU, which workers may
-have left none of. All tasks of a rank together never ask for more than ``_TASK_CPUS``: what preflight leaves for them.
+made by one of as many actors, which keep what they have opened. A source of our own, since ``ray.data.range`` always
+asks for a whole CPU, which workers may have left none of. All tasks of a rank together never ask for more than
+``_TASK_CPUS``: what preflight leaves for them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ _TASK_CPUS = 0.25  # small enough that a task runs beside workers that hold most
 _COUNTING_CPUS = 0.01
 _NUMBER_BYTES = 64  # of the table of one number
 _MAX_TASKS = 256  # tasks of one stream, each for a run of consecutive items, so that it stays in its windows
+# Between two tasks Ray may end the idle process, and the next one has to import and to open its windows again; but what
+# a task that dies has made is made again.
+_ITEMS_PER_TASK = 16
 
 
 class ItemSource(Datasource):
@@ -37,7 +41,7 @@ class ItemSource(Datasource):
     def __init__(self, num_items: int, table: Callable[[int], Any], table_bytes: int) -> None:
         super().__init__()
         self._num_items, self._table, self._table_bytes = num_items, table, table_bytes
-        self._items_per_task = -(-num_items // _MAX_TASKS)
+        self._items_per_task = max(_ITEMS_PER_TASK, -(-num_items // _MAX_TASKS))
 
     def get_name(self) -> str:
         return "Items"
@@ -82,8 +86,14 @@ def items_dataset(maker: ItemMaker, item_bytes: int, parallel: int) -> Any:
     counted = _read(ItemSource(maker.num_items, _number, _NUMBER_BYTES), _COUNTING_CPUS)
     # Another amount of CPU than that of counting, or Ray would fuse the two into one task after the other.
     cpus = (_TASK_CPUS - _COUNTING_CPUS) / parallel
-    tasks = ray.data.TaskPoolStrategy(size=parallel)
-    return counted.map_batches(_made(maker), batch_size=None, batch_format="pyarrow", num_cpus=cpus, compute=tasks)
+    return counted.map_batches(
+        _Making,
+        fn_constructor_args=(maker,),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=cpus,
+        compute=ray.data.ActorPoolStrategy(size=parallel, max_tasks_in_flight_per_actor=1),
+    )
 
 
 def _read(source: ItemSource, cpus: float) -> Any:
@@ -94,10 +104,11 @@ def _number(item: int) -> pa.Table:
     return pa.table({"id": pa.array([item], pa.int64())})
 
 
-def _made(maker: ItemMaker) -> Callable[[pa.Table], pa.Table]:
-    """What makes the items of a table of numbers."""
+class _Making:
+    """Makes the items of a table of numbers."""
 
-    def make(numbers: pa.Table) -> pa.Table:
-        return pa.concat_tables([maker.table(item) for item in numbers["id"].to_pylist()])
+    def __init__(self, maker: ItemMaker) -> None:
+        self._maker = maker
 
-    return make
+    def __call__(self, numbers: pa.Table) -> pa.Table:
+        return pa.concat_tables([self._maker.table(item) for item in numbers["id"].to_pylist()])

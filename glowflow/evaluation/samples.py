@@ -78,23 +78,36 @@ def evaluate_samples(
     split = split or config.data.val_split
     where = (manifest, split, device, precision, context, batch_size)
     reader = SampleReader(module, config, *where, options.without, progress)
-    task = _task(config)
-    bootstrap = {"resamples": resamples, "seed": seed}
+    other = None
+    if against is not None:
+        other = SampleReader(against.module.to(device), against.config, *where, (), progress)
     written: list[Iterable[Any]] = []
+    result = _measured(reader, other, options, written, {"resamples": resamples, "seed": seed})
+    if options.predictions is not None:
+        save_lines((record for records in written for record in records), options.predictions)
+    return {"task": _task(config), **result, **reader.about(), "seconds": time.perf_counter() - started}
+
+
+def _measured(
+    reader: SampleReader,
+    other: SampleReader | None,
+    options: SampleOptions,
+    written: list[Iterable[Any]],
+    bootstrap: dict[str, int],
+) -> dict[str, Any]:
+    """The numbers of the task; what was predicted or written is added to ``written``."""
+    task = _task(reader.config)
     if task == "classification":
         result, predicted = measure_classes(reader, **bootstrap)
         written.append(predicted)
-    elif task == "contrastive":
-        result = measure_retrieval(reader, **bootstrap)
-    else:
-        losses = sample_losses(reader, _permuted(options, config))
-        result = _language(reader, losses, options, written, bootstrap)
-        if against is not None:
-            other = SampleReader(against.module.to(device), against.config, *where, (), progress)
-            result["against"] = compared(losses, sample_losses(other), **bootstrap)
-    if options.predictions is not None:
-        save_lines((record for records in written for record in records), options.predictions)
-    return {"task": task, **result, **reader.about(), "seconds": time.perf_counter() - started}
+        return result
+    if task == "contrastive":
+        return measure_retrieval(reader, **bootstrap)
+    losses = sample_losses(reader, _permuted(options, reader.config))
+    result = _language(reader, losses, options, written, bootstrap)
+    if other is not None:
+        result["against"] = compared(losses, sample_losses(other), **bootstrap)
+    return result
 
 
 def _task(config: GlowFlowConfig) -> str:
